@@ -44,7 +44,9 @@ impl FromStr for Sha256 {
     type Err = NotADigest;
 
     fn from_str(text: &str) -> Result<Self, NotADigest> {
-        let refuse = || NotADigest { text: text.chars().take(80).collect() };
+        let refuse = || NotADigest {
+            text: text.chars().take(80).collect(),
+        };
         let nibble = |digit: u8| match digit {
             b'0'..=b'9' => Ok(digit - b'0'),
             b'a'..=b'f' => Ok(digit - b'a' + 10),
@@ -117,8 +119,20 @@ mod tests {
         let good = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
         assert_eq!(good.parse(), Ok(Sha256::of(b"")));
         assert_eq!(Sha256::of(b"").to_string(), good);
-        for bad in [&good[1..], &good.to_uppercase(), &format!("{good}0"), &good.replace('e', "g"), "", "é"] {
-            assert_eq!(bad.parse::<Sha256>(), Err(NotADigest { text: bad.to_owned() }));
+        for bad in [
+            &good[1..],
+            &good.to_uppercase(),
+            &format!("{good}0"),
+            &good.replace('e', "g"),
+            "",
+            "é",
+        ] {
+            assert_eq!(
+                bad.parse::<Sha256>(),
+                Err(NotADigest {
+                    text: bad.to_owned()
+                })
+            );
         }
     }
 }
