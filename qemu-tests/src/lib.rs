@@ -1,0 +1,14 @@
+//! The test bed: builds a real OS, boots it under the real bootloader in QEMU, and breaks it. Read the modules in this order:
+//!
+//! - [`os`]: the base OS, a Debian described by the files in `qemu-tests/os/`.
+//! - [`release`]: one release of it, good or bad in a chosen way.
+//! - [`image`]: the disk of a device, as the factory delivers it.
+//! - [`vm`]: a machine with that disk: watched, asked, reset, and cut off from its power.
+//! - [`cache`]: what is kept between runs; [`host`]: the build host's tools.
+
+pub mod cache;
+pub mod host;
+pub mod image;
+pub mod os;
+pub mod release;
+pub mod vm;

@@ -1,1 +1,32 @@
-fn main() {}
+//! `qemu-tests`: builds the test bed's disk image, and offers a shell on a machine that runs it.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use qemu_tests::cache::Cache;
+use qemu_tests::image;
+use qemu_tests::release::Release;
+use qemu_tests::vm::{Options, Vm};
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let cache = Cache::open()?;
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["image"] => {
+            let image = image::image(&cache, &Release::good("1.0.0"))?;
+            println!("{}", image.disk.display());
+            Ok(())
+        }
+        ["shell"] => {
+            let image = image::image(&cache, &Release::good("1.0.0"))?;
+            eprintln!("A root shell appears when the machine is up; ctrl-a x leaves it.");
+            let options = Options {
+                console: true,
+                ..Options::default()
+            };
+            // A day is longer than anybody types.
+            Vm::boot_with(&image.disk, options)?.wait_for_power_off(Duration::from_secs(86_400))
+        }
+        _ => bail!("usage: qemu-tests image|shell|demo"),
+    }
+}

@@ -1,0 +1,33 @@
+# Offshoot. `make` tells what there is to make.
+.POSIX:
+.SUFFIXES:
+
+CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
+
+help:
+	@echo 'make demo         an update and a rollback, on a real OS in QEMU, told as they happen'
+	@echo 'make test         all tests, the machines in QEMU included'
+	@echo 'make shell        a root shell on such a machine'
+	@echo 'make setup        install what the others need (Debian bookworm or trixie, as root; they call it)'
+	@echo 'make clean-cache  forget the OS images built so far'
+
+setup:
+	@qemu-tests/setup.sh
+
+# What runs in the machines is built for release, as on a device; what drives them is not.
+binaries: setup
+	cargo build --locked --release --package offshoot --package bootloader-glue --package offshoot-fleet
+
+demo: binaries
+	cargo run --locked --quiet --package qemu-tests -- demo
+
+test: binaries
+	cargo test --locked --workspace
+
+shell: binaries
+	cargo run --locked --quiet --package qemu-tests -- shell
+
+clean-cache:
+	rm -rf "$(CACHE)"
+
+.PHONY: help setup binaries demo test shell clean-cache

@@ -1,0 +1,100 @@
+#!/bin/bash
+# Installs what building and testing Offshoot needs, on a fresh Debian 12 (bookworm) or 13 (trixie), as root.
+# Run it as often as you like: when everything is there it asks the package database and does nothing.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+# shellcheck source=/dev/null
+suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+case $suite in
+    bookworm | trixie) ;;
+    *) echo "setup.sh knows Debian bookworm and trixie, not '${suite:-this system}'" >&2; exit 1 ;;
+esac
+
+packages=(
+    # Rust and the C library that offshoot-deployer and offshoot-fleet link.
+    gcc libc6-dev pkg-config libostree-dev git make curl ca-certificates
+    # The OS image.
+    mmdebstrap debian-archive-keyring ostree
+    grub-common grub-efi-amd64-bin dosfstools mtools e2fsprogs fdisk attr libcap2-bin
+    # The machine: its firmware, its disk overlays.
+    ovmf qemu-utils util-linux
+    # A web server that is not ours.
+    nginx-light openssl
+)
+# Version 7.2, bookworm's own, miscompiles cmpxchg16b under emulation, and the guest's kernel dies of it.
+qemu_at_least=10
+
+is_installed() {
+    dpkg-query --show --showformat='${db:Status-Status}\n' "$1" 2>/dev/null | grep --quiet --line-regexp installed
+}
+
+qemu_is_new_enough() {
+    local version
+    version=$(dpkg-query --show --showformat='${Version}' qemu-system-x86 2>/dev/null) || return 1
+    dpkg --compare-versions "$version" ge "1:$qemu_at_least"
+}
+
+# The compiler that the workspace asks for (`rust-version` in Cargo.toml), or a newer one.
+rust_is_new_enough() {
+    local wanted found
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+    found=$(rustc --version 2>/dev/null | cut --delimiter=' ' --fields=2) || return 1
+    command -v cargo >/dev/null && dpkg --compare-versions "${found:-0}" ge "$wanted"
+}
+
+missing=()
+for package in "${packages[@]}"; do
+    # openresty's, nginx.org's and Debian's fuller packages are nginx, too.
+    [[ $package == nginx-light ]] && command -v nginx >/dev/null && continue
+    is_installed "$package" || missing+=("$package")
+done
+rust=()
+rust_is_new_enough || rust=(cargo-web rustc-web)
+if [[ ${#missing[@]} == 0 && ${#rust[@]} == 0 ]] && qemu_is_new_enough; then
+    exit 0
+fi
+if [[ $(id --user) != 0 ]]; then
+    echo "setup.sh must be root to install: ${missing[*]} ${rust[*]} qemu-system-x86 (>= $qemu_at_least)" >&2
+    exit 1
+fi
+
+if [[ $suite == bookworm ]] && ! qemu_is_new_enough &&
+    ! grep --recursive --quiet bookworm-backports /etc/apt/sources.list /etc/apt/sources.list.d 2>/dev/null; then
+    cat > /etc/apt/sources.list.d/offshoot-backports.sources <<'EOF'
+Types: deb
+URIs: http://deb.debian.org/debian
+Suites: bookworm-backports
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+EOF
+fi
+
+export DEBIAN_FRONTEND=noninteractive
+# No installed service starts: not nginx, not anything. Our refusal goes with us, somebody else's stays.
+if [[ ! -e /usr/sbin/policy-rc.d ]]; then
+    trap 'rm --force /usr/sbin/policy-rc.d' EXIT
+    printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
+    chmod 755 /usr/sbin/policy-rc.d
+fi
+install() {
+    apt-get install --yes --quiet --quiet --no-install-recommends "$@"
+}
+
+apt-get update --quiet --quiet
+if [[ ${#missing[@]} != 0 ]]; then
+    install "${missing[@]}"
+fi
+if ! qemu_is_new_enough; then
+    if [[ $suite == bookworm ]]; then
+        install --target-release bookworm-backports qemu-system-x86
+    else
+        install qemu-system-x86
+    fi
+fi
+if [[ ${#rust[@]} != 0 ]]; then
+    # Debian's own compiler for its browsers: newer than the suite's, kept up by its security team.
+    install "${rust[@]}"
+fi
+qemu_is_new_enough || { echo "QEMU $qemu_at_least or newer is not to be had from apt" >&2; exit 1; }
+rust_is_new_enough || { echo "a Rust as new as Cargo.toml asks for is not to be had from apt" >&2; exit 1; }

@@ -1,0 +1,270 @@
+//! The disk image of a device: ESP with GRUB, boot file system, root file system with one deployment.
+//!
+//! Owns the partition layout and how it is filled without mounting anything: each file system is made in its place in the
+//! image, from a directory that libostree prepared.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result};
+use offshoot::commit::Commit;
+
+use crate::cache::{Cache, Ingredients};
+use crate::release::{self, Release};
+use crate::{host, run};
+
+/// The OSTree stateroot: the name that deployments of this OS share, and with it one `/var`.
+pub const STATEROOT: &str = "offshoot";
+
+const MIB: u64 = 1 << 20;
+
+/// One partition: where it starts and how long it is, in bytes, and its type for sfdisk.
+struct Partition {
+    start: u64,
+    size: u64,
+    kind: &'static str,
+}
+
+// FAT32 wants at least 64 MiB to please all tools.
+const ESP: Partition = Partition {
+    start: MIB,
+    size: 64 * MIB,
+    kind: "uefi",
+};
+const BOOT: Partition = Partition {
+    start: ESP.start + ESP.size,
+    size: 256 * MIB,
+    kind: "linux",
+};
+const ROOT: Partition = Partition {
+    start: BOOT.start + BOOT.size,
+    size: 2560 * MIB,
+    kind: "linux",
+};
+// The backup partition table follows the last partition.
+const DISK_SIZE: u64 = ROOT.start + ROOT.size + MIB;
+
+/// GRUB's modules for the boot script: FAT and ext4, environment, serial console.
+const GRUB_MODULES: &[&str] = &[
+    "configfile",
+    "echo",
+    "ext2",
+    "fat",
+    "halt",
+    "linux",
+    "loadenv",
+    "normal",
+    "part_gpt",
+    "reboot",
+    "search",
+    "search_label",
+    "serial",
+    "sleep",
+    "terminal",
+    "test",
+];
+
+/// What GRUB knows at first: where to look for the rest.
+const GRUB_STUB: &str = "\
+serial --unit=0 --speed=115200
+terminal_input serial
+terminal_output serial
+search --no-floppy --label boot --set=root
+set prefix=($root)/grub2
+configfile ($root)/grub2/grub.cfg
+";
+
+/// The kernel's arguments besides `ostree=`, which libostree sets.
+/// No security module is in use; `lsm=` spares the seconds that an emulated boot takes to attach one. `quiet` leaves
+/// errors, panics and the units that fail.
+const KERNEL_ARGUMENTS: &[&str] = &[
+    "root=LABEL=root",
+    "rw",
+    "console=ttyS0",
+    "quiet",
+    "lsm=capability",
+];
+
+/// A disk that is never written to: machines run on overlays of it.
+#[derive(Clone, Debug)]
+pub struct Image {
+    pub disk: PathBuf,
+    /// What it boots.
+    pub commit: Commit,
+}
+
+/// The image of a device as the factory delivers it, with `release` installed.
+pub fn image(cache: &Cache, release: &Release) -> Result<Image> {
+    let base = release::base_repository(cache)?;
+    let ingredients = Ingredients::default()
+        .text(&base.to_string_lossy())
+        .text(&format!("{release:?}"))
+        .text(include_str!("image.rs"))
+        .text(include_str!("release.rs"));
+    let entry = cache.entry("image", ingredients, |entry| {
+        host::timed("making the disk image", || {
+            build(cache, &base, release, entry)
+        })
+    })?;
+    Ok(Image {
+        disk: entry.join("disk.img"),
+        commit: fs::read_to_string(entry.join("commit"))?.parse()?,
+    })
+}
+
+fn build(cache: &Cache, base: &Path, release: &Release, entry: &Path) -> Result<()> {
+    let work = tempfile::tempdir_in(entry)?;
+    let repository = work.path().join("repo");
+    release::copy_repository(base, &repository)?;
+    let commit = host::timed("  committing the release", || {
+        release::commit(cache, &repository, release)
+    })?;
+    let sysroot = work.path().join("sysroot");
+    host::timed("  deploying it", || {
+        deploy(work.path(), &repository, commit, &sysroot)
+    })?;
+    // The boot file system is one of its own; in the root file system only its mount point stays.
+    let boot = work.path().join("boot");
+    fs::rename(sysroot.join("boot"), &boot)?;
+    fs::create_dir(sysroot.join("boot"))?;
+    host::timed("  making the file systems", || {
+        let disk = entry.join("disk.img");
+        partition(&disk)?;
+        make_esp(&disk, work.path())?;
+        make_ext4(&disk, "boot", &BOOT, &boot)?;
+        make_ext4(&disk, "root", &ROOT, &sysroot)
+    })?;
+    fs::write(entry.join("commit"), commit.to_string())?;
+    work.close()?;
+    Ok(())
+}
+
+fn deploy(work: &Path, repository: &Path, commit: Commit, sysroot: &Path) -> Result<()> {
+    fs::create_dir(sysroot)?;
+    let generator = work.join("generator");
+    fs::write(&generator, STAND_IN_GENERATOR)?;
+    fs::set_permissions(&generator, fs::Permissions::from_mode(0o755))?;
+    let own = sysroot.join("ostree/repo");
+    let admin = format!("--sysroot={}", sysroot.display());
+    run!("ostree", "admin", "init-fs", "--modern", sysroot)?;
+    run!("ostree", "admin", "os-init", &admin, STATEROOT)?;
+    run!(
+        "ostree",
+        "config",
+        format!("--repo={}", own.display()),
+        "set",
+        "sysroot.bootloader",
+        "grub2"
+    )?;
+    run!(
+        "ostree",
+        "pull-local",
+        format!("--repo={}", own.display()),
+        repository,
+        commit.to_string()
+    )?;
+    fs::create_dir_all(sysroot.join("boot/grub2"))?;
+    symlink("../loader/grub.cfg", sysroot.join("boot/grub2/grub.cfg"))?;
+    let mut deploy = Command::new("ostree");
+    deploy
+        .args(["admin", "deploy", &admin])
+        .arg(format!("--os={STATEROOT}"));
+    for argument in KERNEL_ARGUMENTS {
+        deploy.arg(format!("--karg={argument}"));
+    }
+    host::run(
+        deploy
+            .arg(commit.to_string())
+            .env("OSTREE_GRUB2_EXEC", &generator),
+    )?;
+    // libostree makes the deployment's top directory immutable; this copy of it is to be removed.
+    run!(
+        "chattr",
+        "-i",
+        sysroot.join(format!("ostree/deploy/{STATEROOT}/deploy/{commit}.0"))
+    )?;
+    Ok(())
+}
+
+fn partition(disk: &Path) -> Result<()> {
+    File::create(disk)?.set_len(DISK_SIZE)?;
+    let mut table = String::from("label: gpt\n");
+    for Partition { start, size, kind } in [ESP, BOOT, ROOT] {
+        table += &format!("start={}, size={}, type={kind}\n", start / 512, size / 512);
+    }
+    let mut sfdisk = Command::new("sfdisk")
+        .arg("--quiet")
+        .arg(disk)
+        .stdin(Stdio::piped())
+        .spawn()
+        .context("starting sfdisk: `make setup` installs it")?;
+    if let Some(mut stdin) = sfdisk.stdin.take() {
+        stdin.write_all(table.as_bytes())?;
+    }
+    let status = sfdisk.wait()?;
+    anyhow::ensure!(status.success(), "sfdisk: {status}");
+    Ok(())
+}
+
+fn make_esp(disk: &Path, work: &Path) -> Result<()> {
+    let stub = work.join("stub.cfg");
+    fs::write(&stub, GRUB_STUB)?;
+    let grub = work.join("BOOTX64.EFI");
+    host::run(
+        Command::new("grub-mkimage")
+            .args(["--format=x86_64-efi", "--prefix=/grub2"])
+            .arg(format!("--config={}", stub.display()))
+            .arg(format!("--output={}", grub.display()))
+            .args(GRUB_MODULES),
+    )?;
+    run!(
+        "mkfs.vfat",
+        "-F32",
+        "-nESP",
+        // One sector per cluster: with more, this size has too few clusters to be FAT32.
+        "-s1",
+        // Each machine is a copy of this one disk anyway.
+        "-i0FF54007",
+        format!("--offset={}", ESP.start / 512),
+        disk,
+        (ESP.size / 1024).to_string()
+    )?;
+    let partition = format!("{}@@{}", disk.display(), ESP.start);
+    run!("mmd", "-i", &partition, "::EFI", "::EFI/BOOT", "::offshoot")?;
+    run!("mcopy", "-i", &partition, grub, "::EFI/BOOT/BOOTX64.EFI")?;
+    Ok(())
+}
+
+fn make_ext4(disk: &Path, label: &str, partition: &Partition, content: &Path) -> Result<()> {
+    run!(
+        "mke2fs",
+        "-q",
+        "-F",
+        "-text4",
+        // GRUB 2.06 does not know these.
+        "-O^metadata_csum_seed,^orphan_file",
+        "-Enodiscard",
+        format!("-Eoffset={},root_owner=0:0", partition.start),
+        "-m0",
+        format!("-L{label}"),
+        "-d",
+        content,
+        disk,
+        format!("{}k", partition.size / 1024),
+    )?;
+    Ok(())
+}
+
+const STAND_IN_GENERATOR: &str = r#"#!/bin/sh
+set -eu
+entries=$(dirname "$2")/entries
+for entry in $(ls -r "$entries"/*.conf); do
+    field() { sed -n "s/^$1 //p" "$entry"; }
+    echo "linux $(field linux) $(field options)"
+    echo "initrd $(field initrd)"
+    echo boot
+done > "$2"
+"#;

@@ -1,0 +1,111 @@
+//! What a machine is made of, as QEMU's arguments.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
+
+use super::Line;
+
+/// Called with every line as it arrives, from the threads that read them.
+pub type Observer = Arc<dyn Fn(&Line) + Send + Sync>;
+
+#[derive(Clone)]
+pub struct Options {
+    pub processors: u32,
+    pub memory_mib: u32,
+    /// A console on this process's terminal, with a root shell; `ctrl-a x` leaves it.
+    pub console: bool,
+    pub observer: Option<Observer>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            processors: 1,
+            memory_mib: 768,
+            console: false,
+            observer: None,
+        }
+    }
+}
+
+impl Options {
+    pub(super) fn arguments(&self, qemu: &mut Command, directory: &Path) {
+        let file = |name: &str| directory.join(name).display().to_string();
+        let mut add = |arguments: &[&str]| {
+            qemu.args(arguments);
+        };
+        add(&["-name", "offshoot-bench", "-nodefaults", "-no-user-config"]);
+        add(&["-display", "none"]);
+        add(&["-machine", "q35,sata=off,smbus=off"]);
+        // The kernel would load its own hypervisor for `svm`.
+        match kvm_is_usable() {
+            true => add(&["-accel", "kvm", "-cpu", "host"]),
+            false => add(&["-accel", "tcg,thread=multi", "-cpu", "max,svm=off"]),
+        }
+        add(&["-smp", &self.processors.to_string()]);
+        add(&["-m", &self.memory_mib.to_string()]);
+        let code = super::FIRMWARE_CODE;
+        let variables = file("variables.fd");
+        add(&[
+            "-drive",
+            &format!("if=pflash,format=raw,readonly=on,file={code}"),
+        ]);
+        add(&[
+            "-drive",
+            &format!("if=pflash,format=raw,cache=unsafe,file={variables}"),
+        ]);
+        let disk = file("disk.qcow2");
+        add(&[
+            "-drive",
+            &format!("if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap,file={disk}"),
+        ]);
+        add(&["-device", "virtio-blk-pci,drive=disk,bootindex=0"]);
+        add(&["-netdev", "user,id=net"]);
+        // No option ROM: the firmware does not try the network.
+        add(&["-device", "virtio-net-pci,netdev=net,romfile="]);
+        add(&["-device", "virtio-rng-pci"]);
+        add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+        add(&["-device", "virtio-serial-pci"]);
+        for (name, device) in [
+            ("serial", "isa-serial,chardev=serial"),
+            (
+                "agent",
+                "virtserialport,chardev=agent,id=agent,name=org.qemu.guest_agent.0",
+            ),
+            (
+                "journal",
+                "virtserialport,chardev=journal,id=journal,name=journal",
+            ),
+        ] {
+            let socket = file(name);
+            add(&["-chardev", &format!("socket,id={name},path={socket}")]);
+            add(&["-device", device]);
+        }
+        let socket = file("qmp");
+        add(&["-chardev", &format!("socket,id=qmp,path={socket}")]);
+        add(&["-mon", "chardev=qmp,mode=control"]);
+        if self.console {
+            add(&["-chardev", "stdio,id=console,mux=on,signal=off"]);
+            add(&["-device", "virtconsole,chardev=console"]);
+            add(&["-mon", "chardev=console,mode=readline"]);
+        }
+        // The machine starts when its sockets are read.
+        add(&["-S"]);
+    }
+}
+
+/// Some build machines have the device node but a processor that cannot use it.
+fn kvm_is_usable() -> bool {
+    let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let able = processor
+        .lines()
+        .filter(|line| line.starts_with("flags"))
+        .any(|line| line.split(' ').any(|flag| flag == "vmx" || flag == "svm"));
+    able && File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok()
+}
