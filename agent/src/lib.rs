@@ -11,7 +11,9 @@
 //! - [`daemon`]: the loop around all of it; [`api`]: its unix socket; [`cli`]: the words an operator types.
 
 pub mod commit;
+pub mod decide;
 pub mod delta;
+pub mod record;
 pub mod trust;
 
 #[cfg(feature = "daemon")]

@@ -44,9 +44,17 @@ pub enum Phase {
     #[default]
     Idle,
     /// `target` is being fetched and stored beside the running system. `attempts` counts the applies begun.
-    Staging { from: Commit, target: Commit, attempts: u8 },
+    Staging {
+        from: Commit,
+        target: Commit,
+        attempts: u8,
+    },
     /// `target` is to be, or is being, or has been tried by booting it. `attempts` counts the deploys begun.
-    Trial { from: Commit, target: Commit, attempts: u8 },
+    Trial {
+        from: Commit,
+        target: Commit,
+        attempts: u8,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -103,7 +111,8 @@ pub enum Damage {
 impl Store {
     /// Reads the record below `directory`, setting damaged copies aside. No copy at all is a new device, not damage.
     pub fn open(directory: &Path) -> Result<(Self, Record, Damage)> {
-        fs::create_dir_all(directory).with_context(|| format!("creating {}", directory.display()))?;
+        fs::create_dir_all(directory)
+            .with_context(|| format!("creating {}", directory.display()))?;
         let mut newest: Option<(u64, usize, Record)> = None;
         let mut damaged = Vec::new();
         for copy in 0..2 {
@@ -111,17 +120,23 @@ impl Store {
             let bytes = match fs::read(&path) {
                 Ok(bytes) => bytes,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("reading {}", path.display()));
+                }
             };
             match decode(&bytes) {
                 Some((generation, record)) => {
-                    if newest.as_ref().is_none_or(|(newest, ..)| generation > *newest) {
+                    if newest
+                        .as_ref()
+                        .is_none_or(|(newest, ..)| generation > *newest)
+                    {
                         newest = Some((generation, copy, record));
                     }
                 }
                 None => {
                     let aside = directory.join(format!("record.{copy}.corrupt"));
-                    fs::rename(&path, &aside).with_context(|| format!("setting {} aside", path.display()))?;
+                    fs::rename(&path, &aside)
+                        .with_context(|| format!("setting {} aside", path.display()))?;
                     damaged.push(aside);
                 }
             }
@@ -132,7 +147,15 @@ impl Store {
             (Some(_), false) => Damage::BothCopies,
         };
         let (generation, newer, record) = newest.unwrap_or((0, 1, Record::default()));
-        Ok((Self { directory: directory.to_owned(), generation, older: 1 - newer }, record, damage))
+        Ok((
+            Self {
+                directory: directory.to_owned(),
+                generation,
+                older: 1 - newer,
+            },
+            record,
+            damage,
+        ))
     }
 
     /// Makes `record` the one that the next start reads.
@@ -154,7 +177,9 @@ pub fn peek(directory: &Path) -> Result<Record> {
         match fs::read(&path) {
             Ok(bytes) => {
                 if let Some((generation, record)) = decode(&bytes)
-                    && newest.as_ref().is_none_or(|(newest, _)| generation > *newest)
+                    && newest
+                        .as_ref()
+                        .is_none_or(|(newest, _)| generation > *newest)
                 {
                     newest = Some((generation, record));
                 }
@@ -182,7 +207,11 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 
 fn encode(generation: u64, record: &Record) -> Result<Vec<u8>> {
     let json = serde_json::to_vec(record).context("encoding the record")?;
-    let mut bytes = format!("offshoot-record 1 {generation} {}\n", digest(generation, &json)).into_bytes();
+    let mut bytes = format!(
+        "offshoot-record 1 {generation} {}\n",
+        digest(generation, &json)
+    )
+    .into_bytes();
     bytes.extend(json);
     Ok(bytes)
 }
@@ -214,11 +243,26 @@ mod tests {
 
     fn record(n: u8) -> Record {
         let commit = Commit(Sha256::of(&[n]));
-        let reason = Reason::Unhealthy { checks: vec![format!("check-{n}")] };
+        let reason = Reason::Unhealthy {
+            checks: vec![format!("check-{n}")],
+        };
         Record {
-            phase: Phase::Staging { from: commit, target: commit, attempts: n },
-            rejections: [(commit, Rejection { reason, at: i64::from(n) })].into(),
-            hold: Some(Hold { reason: "n".repeat(usize::from(n)) }),
+            phase: Phase::Staging {
+                from: commit,
+                target: commit,
+                attempts: n,
+            },
+            rejections: [(
+                commit,
+                Rejection {
+                    reason,
+                    at: i64::from(n),
+                },
+            )]
+            .into(),
+            hold: Some(Hold {
+                reason: "n".repeat(usize::from(n)),
+            }),
             channel: None,
         }
     }
@@ -260,7 +304,10 @@ mod tests {
         }
         let (mut store, read, damage) = Store::open(directory.path()).unwrap();
         assert_eq!((read, damage), (Record::default(), Damage::BothCopies));
-        assert_eq!(fs::read(directory.path().join("record.0.corrupt")).unwrap(), b"junk");
+        assert_eq!(
+            fs::read(directory.path().join("record.0.corrupt")).unwrap(),
+            b"junk"
+        );
         store.save(&record(9)).unwrap();
         assert_eq!(Store::open(directory.path()).unwrap().1, record(9));
     }
