@@ -1,0 +1,261 @@
+//! The configuration: `/usr/lib/offshoot/config.toml` from the image, overridden key by key by `/etc/offshoot/config.toml`.
+//!
+//! Both are hostile until parsed: an unknown key, a wrong type or an impossible value is an error that names the file and the key.
+//! Paths may be moved below another root for tests; nothing else in the agent spells an absolute path.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use bootloader_glue::Bootloader;
+use serde::Deserialize;
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub server: Server,
+    pub device: Device,
+    #[serde(default)]
+    pub poll: Poll,
+    #[serde(default)]
+    pub install: Install,
+    #[serde(default)]
+    pub bootloader: BootloaderConfig,
+    #[serde(default)]
+    pub health: Health,
+    #[serde(default)]
+    pub paths: Paths,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Server {
+    /// Where `metadata/`, `targets/` and `deltas/` are: `https://host[:port]/[prefix/]`.
+    pub url: String,
+    /// PEM certificates to trust instead of the system's.
+    pub ca: Option<PathBuf>,
+    /// Allow http://. For a bench; the metadata is signed either way, who asks for what is not secret then.
+    #[serde(default)]
+    pub insecure_http: bool,
+    /// Seconds without a byte after which a transfer counts as stalled.
+    #[serde(default = "stall")]
+    pub stall: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Device {
+    /// The hardware id that releases are signed for.
+    pub hardware: String,
+    pub channel: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Poll {
+    /// Seconds between polls, before jitter.
+    pub interval: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Install {
+    pub reboot: Reboot,
+    /// How the device is rebooted.
+    pub reboot_command: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reboot {
+    /// As soon as a release is ready.
+    Now,
+    /// When an operator says `offshoot update`.
+    Manual,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BootloaderConfig {
+    pub kind: BootloaderKind,
+    /// The directory of the boot environment.
+    pub environment: PathBuf,
+    /// How many boots a release gets to prove itself.
+    pub tries: u8,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootloaderKind {
+    Grub,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Health {
+    /// Seconds that one check may take.
+    pub check_timeout: u64,
+    /// Seconds that all checks together may take.
+    pub timeout: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Paths {
+    pub state: PathBuf,
+    pub run: PathBuf,
+    pub root_metadata: PathBuf,
+    pub deployer: PathBuf,
+    pub boot: PathBuf,
+    pub sysroot: PathBuf,
+    pub kernel_command_line: PathBuf,
+    pub health: Vec<PathBuf>,
+}
+
+impl Default for Poll {
+    fn default() -> Self {
+        Self { interval: 3600 }
+    }
+}
+
+impl Default for Install {
+    fn default() -> Self {
+        Self { reboot: Reboot::Now, reboot_command: vec!["systemctl".to_owned(), "reboot".to_owned()] }
+    }
+}
+
+impl Default for BootloaderConfig {
+    fn default() -> Self {
+        Self { kind: BootloaderKind::Grub, environment: "/efi/offshoot".into(), tries: 3 }
+    }
+}
+
+impl Default for Health {
+    fn default() -> Self {
+        Self { check_timeout: 30, timeout: 120 }
+    }
+}
+
+impl Default for Paths {
+    fn default() -> Self {
+        Self {
+            state: "/var/lib/offshoot".into(),
+            run: "/run/offshoot".into(),
+            root_metadata: "/usr/lib/offshoot/root.json".into(),
+            deployer: "/usr/libexec/offshoot-deployer".into(),
+            boot: "/boot".into(),
+            sysroot: "/".into(),
+            kernel_command_line: "/proc/cmdline".into(),
+            health: vec!["/usr/lib/offshoot/health".into(), "/etc/offshoot/health".into()],
+        }
+    }
+}
+
+fn stall() -> u64 {
+    30
+}
+
+impl Config {
+    /// The image's configuration and the operator's over it, below `root`.
+    pub fn load(root: &Path) -> Result<Self> {
+        let files = [root.join("usr/lib/offshoot/config.toml"), root.join("etc/offshoot/config.toml")];
+        let mut merged = toml::Table::new();
+        for path in &files {
+            let text = match fs::read_to_string(path) {
+                Ok(text) => text,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+            };
+            let table = text.parse::<toml::Table>().with_context(|| format!("reading {}", path.display()))?;
+            overlay(&mut merged, table);
+        }
+        let [image, operator] = files.map(|path| path.display().to_string());
+        if merged.is_empty() {
+            bail!("there is no configuration: write {operator} (or ship {image}) with [server] url and [device] hardware, channel");
+        }
+        let config: Self = merged.try_into().with_context(|| format!("reading {image} and {operator}"))?;
+        config.check().with_context(|| format!("in {image} or {operator}"))?;
+        Ok(config)
+    }
+
+    pub fn bootloader(&self) -> Bootloader {
+        match self.bootloader.kind {
+            BootloaderKind::Grub => {
+                Bootloader::Grub { environment: self.bootloader.environment.clone(), boot: self.paths.boot.clone() }
+            }
+        }
+    }
+
+    pub fn poll_interval(&self) -> Duration {
+        Duration::from_secs(self.poll.interval)
+    }
+
+    fn check(&self) -> Result<()> {
+        let ranges = [
+            ("poll.interval", self.poll.interval, 1, 7 * 24 * 3600, "seconds"),
+            ("server.stall", self.server.stall, 1, 3600, "seconds"),
+            ("bootloader.tries", self.bootloader.tries.into(), 1, 9, "boots"),
+            ("health.check_timeout", self.health.check_timeout, 1, 3600, "seconds"),
+            ("health.timeout", self.health.timeout, 1, 3600, "seconds"),
+        ];
+        for (key, value, least, most, unit) in ranges {
+            if !(least..=most).contains(&value) {
+                bail!("{key} = {value} is out of range: {least} to {most} {unit}");
+            }
+        }
+        if self.install.reboot_command.is_empty() {
+            bail!("install.reboot_command is empty: name the program that reboots the device");
+        }
+        Ok(())
+    }
+}
+
+fn overlay(under: &mut toml::Table, over: toml::Table) {
+    for (key, value) in over {
+        match (under.get_mut(&key), value) {
+            (Some(toml::Value::Table(under)), toml::Value::Table(over)) => overlay(under, over),
+            (_, value) => {
+                under.insert(key, value);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(image: &str, operator: &str) -> Result<Config> {
+        let root = tempfile::tempdir().unwrap();
+        for (path, text) in [("usr/lib/offshoot", image), ("etc/offshoot", operator)] {
+            fs::create_dir_all(root.path().join(path)).unwrap();
+            fs::write(root.path().join(path).join("config.toml"), text).unwrap();
+        }
+        Config::load(root.path())
+    }
+
+    const IMAGE: &str = "[server]\nurl = 'https://a/'\n[device]\nhardware = 'x'\nchannel = 'stable'\n[poll]\ninterval = 60\n";
+
+    #[test]
+    fn the_operator_overrides_the_image_key_by_key() {
+        let config = load(IMAGE, "[device]\nchannel = 'beta'\n").unwrap();
+        assert_eq!((config.device.hardware.as_str(), config.device.channel.as_str()), ("x", "beta"));
+        assert_eq!((config.poll.interval, config.bootloader.tries), (60, 3));
+    }
+
+    #[test]
+    fn an_unknown_key_a_wrong_type_and_an_impossible_value_are_errors_that_name_the_key() {
+        for (operator, key) in [
+            ("[device]\nchanel = 'beta'\n", "chanel"),
+            ("[poll]\ninterval = 'soon'\n", "interval"),
+            ("[poll]\ninterval = 0\n", "poll.interval = 0"),
+            ("[bootloader]\ntries = 10\n", "bootloader.tries = 10"),
+            ("[install]\nreboot_command = []\n", "install.reboot_command"),
+        ] {
+            let error = format!("{:#}", load(IMAGE, operator).unwrap_err());
+            assert!(error.contains(key) && error.contains("etc/offshoot/config.toml"), "{error}");
+        }
+    }
+}
