@@ -13,7 +13,7 @@ use std::path::Path;
 /// The first line of every configuration that counts. The number changes when the meaning of the environment does.
 pub const MARKER: &str = "# offshoot boot protocol 1";
 
-/// The decision, as GRUB script. It reads `$offshoot_env` (a directory) and `$offshoot_entries`.
+/// The decision, as GRUB script: it defines the function `offshoot_decide`, which reads `$offshoot_env` (a directory) and `$offshoot_entries`.
 pub const COUNTER_CFG: &str = include_str!("grub/counter.cfg");
 
 /// `grub.cfg` for the EFI system partition, in the directory that GRUB's image has as its prefix.
@@ -138,7 +138,7 @@ pub fn grub_cfg(entries: &[Entry], prefix: &str) -> String {
         format!("{MARKER}\n# Written by ostree-grub-generator, and again with every deployment.\n");
     let _ = write!(
         text,
-        "set offshoot_env=\"($esp)/offshoot\"\nset offshoot_entries={}\n\n{COUNTER_CFG}\nfunction offshoot_boot {{\n",
+        "set offshoot_env=\"($esp)/offshoot\"\nset offshoot_entries={}\n\n{COUNTER_CFG}\noffshoot_decide\n\nfunction offshoot_boot {{\n",
         entries.len()
     );
     for (n, entry) in entries.iter().enumerate() {
