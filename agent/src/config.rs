@@ -122,19 +122,29 @@ impl Default for Poll {
 
 impl Default for Install {
     fn default() -> Self {
-        Self { reboot: Reboot::Now, reboot_command: vec!["systemctl".to_owned(), "reboot".to_owned()] }
+        Self {
+            reboot: Reboot::Now,
+            reboot_command: vec!["systemctl".to_owned(), "reboot".to_owned()],
+        }
     }
 }
 
 impl Default for BootloaderConfig {
     fn default() -> Self {
-        Self { kind: BootloaderKind::Grub, environment: "/efi/offshoot".into(), tries: 3 }
+        Self {
+            kind: BootloaderKind::Grub,
+            environment: "/efi/offshoot".into(),
+            tries: 3,
+        }
     }
 }
 
 impl Default for Health {
     fn default() -> Self {
-        Self { check_timeout: 30, timeout: 120 }
+        Self {
+            check_timeout: 30,
+            timeout: 120,
+        }
     }
 }
 
@@ -148,7 +158,10 @@ impl Default for Paths {
             boot: "/boot".into(),
             sysroot: "/".into(),
             kernel_command_line: "/proc/cmdline".into(),
-            health: vec!["/usr/lib/offshoot/health".into(), "/etc/offshoot/health".into()],
+            health: vec![
+                "/usr/lib/offshoot/health".into(),
+                "/etc/offshoot/health".into(),
+            ],
         }
     }
 }
@@ -160,31 +173,45 @@ fn stall() -> u64 {
 impl Config {
     /// The image's configuration and the operator's over it, below `root`.
     pub fn load(root: &Path) -> Result<Self> {
-        let files = [root.join("usr/lib/offshoot/config.toml"), root.join("etc/offshoot/config.toml")];
+        let files = [
+            root.join("usr/lib/offshoot/config.toml"),
+            root.join("etc/offshoot/config.toml"),
+        ];
         let mut merged = toml::Table::new();
         for path in &files {
             let text = match fs::read_to_string(path) {
                 Ok(text) => text,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(error).with_context(|| format!("reading {}", path.display())),
+                Err(error) => {
+                    return Err(error).with_context(|| format!("reading {}", path.display()));
+                }
             };
-            let table = text.parse::<toml::Table>().with_context(|| format!("reading {}", path.display()))?;
+            let table = text
+                .parse::<toml::Table>()
+                .with_context(|| format!("reading {}", path.display()))?;
             overlay(&mut merged, table);
         }
         let [image, operator] = files.map(|path| path.display().to_string());
         if merged.is_empty() {
-            bail!("there is no configuration: write {operator} (or ship {image}) with [server] url and [device] hardware, channel");
+            bail!(
+                "there is no configuration: write {operator} (or ship {image}) with [server] url and [device] hardware, channel"
+            );
         }
-        let config: Self = merged.try_into().with_context(|| format!("reading {image} and {operator}"))?;
-        config.check().with_context(|| format!("in {image} or {operator}"))?;
+        let config: Self = merged
+            .try_into()
+            .with_context(|| format!("reading {image} and {operator}"))?;
+        config
+            .check()
+            .with_context(|| format!("in {image} or {operator}"))?;
         Ok(config)
     }
 
     pub fn bootloader(&self) -> Bootloader {
         match self.bootloader.kind {
-            BootloaderKind::Grub => {
-                Bootloader::Grub { environment: self.bootloader.environment.clone(), boot: self.paths.boot.clone() }
-            }
+            BootloaderKind::Grub => Bootloader::Grub {
+                environment: self.bootloader.environment.clone(),
+                boot: self.paths.boot.clone(),
+            },
         }
     }
 
@@ -194,10 +221,28 @@ impl Config {
 
     fn check(&self) -> Result<()> {
         let ranges = [
-            ("poll.interval", self.poll.interval, 1, 7 * 24 * 3600, "seconds"),
+            (
+                "poll.interval",
+                self.poll.interval,
+                1,
+                7 * 24 * 3600,
+                "seconds",
+            ),
             ("server.stall", self.server.stall, 1, 3600, "seconds"),
-            ("bootloader.tries", self.bootloader.tries.into(), 1, 9, "boots"),
-            ("health.check_timeout", self.health.check_timeout, 1, 3600, "seconds"),
+            (
+                "bootloader.tries",
+                self.bootloader.tries.into(),
+                1,
+                9,
+                "boots",
+            ),
+            (
+                "health.check_timeout",
+                self.health.check_timeout,
+                1,
+                3600,
+                "seconds",
+            ),
             ("health.timeout", self.health.timeout, 1, 3600, "seconds"),
         ];
         for (key, value, least, most, unit) in ranges {
@@ -241,7 +286,13 @@ mod tests {
     #[test]
     fn the_operator_overrides_the_image_key_by_key() {
         let config = load(IMAGE, "[device]\nchannel = 'beta'\n").unwrap();
-        assert_eq!((config.device.hardware.as_str(), config.device.channel.as_str()), ("x", "beta"));
+        assert_eq!(
+            (
+                config.device.hardware.as_str(),
+                config.device.channel.as_str()
+            ),
+            ("x", "beta")
+        );
         assert_eq!((config.poll.interval, config.bootloader.tries), (60, 3));
     }
 
@@ -255,7 +306,10 @@ mod tests {
             ("[install]\nreboot_command = []\n", "install.reboot_command"),
         ] {
             let error = format!("{:#}", load(IMAGE, operator).unwrap_err());
-            assert!(error.contains(key) && error.contains("etc/offshoot/config.toml"), "{error}");
+            assert!(
+                error.contains(key) && error.contains("etc/offshoot/config.toml"),
+                "{error}"
+            );
         }
     }
 }

@@ -60,7 +60,10 @@ pub enum Outcome {
 
 impl Report {
     pub fn failed(&self) -> Vec<String> {
-        let failed = self.checks.iter().filter(|check| check.required && check.outcome != Outcome::Passed);
+        let failed = self
+            .checks
+            .iter()
+            .filter(|check| check.required && check.outcome != Outcome::Passed);
         failed.map(|check| check.name.clone()).collect()
     }
 }
@@ -80,14 +83,26 @@ pub async fn run(config: &Config) -> Result<Ending> {
     let booted = booted(&config.paths.sysroot)?;
     let mark = mark(config)?;
     let each = Duration::from_secs(config.health.check_timeout);
-    let report = Report::gather(booted, &config.paths.health, each, Duration::from_secs(config.health.timeout)).await?;
-    fs::create_dir_all(&config.paths.run).with_context(|| format!("creating {}", config.paths.run.display()))?;
-    record::replace(&config.paths.run.join("health.json"), &serde_json::to_vec(&report)?)?;
+    let report = Report::gather(
+        booted,
+        &config.paths.health,
+        each,
+        Duration::from_secs(config.health.timeout),
+    )
+    .await?;
+    fs::create_dir_all(&config.paths.run)
+        .with_context(|| format!("creating {}", config.paths.run.display()))?;
+    record::replace(
+        &config.paths.run.join("health.json"),
+        &serde_json::to_vec(&report)?,
+    )?;
     if report.healthy {
         return Ok(Ending::Healthy);
     }
     let on_trial = match (mark, record::peek(&config.paths.state)?.phase) {
-        (Mark::Trial { .. }, Phase::Trial { target, .. }) => booted.is_none_or(|booted| booted == target),
+        (Mark::Trial { .. }, Phase::Trial { target, .. }) => {
+            booted.is_none_or(|booted| booted == target)
+        }
         // The record is lost: the bootloader alone says that this is a trial.
         (Mark::Trial { .. }, Phase::Idle | Phase::Staging { .. }) => true,
         (Mark::Normal | Mark::Fallback(_), _) => false,
@@ -96,16 +111,28 @@ pub async fn run(config: &Config) -> Result<Ending> {
         return Ok(Ending::Unhealthy);
     }
     if let Some(commit) = booted {
-        let verdict = Verdict { commit, checks: report.failed() };
-        record::replace(&config.paths.state.join("verdict.json"), &serde_json::to_vec(&verdict)?)?;
+        let verdict = Verdict {
+            commit,
+            checks: report.failed(),
+        };
+        record::replace(
+            &config.paths.state.join("verdict.json"),
+            &serde_json::to_vec(&verdict)?,
+        )?;
     }
-    config.bootloader().exhaust().context("exhausting the boot counter")?;
+    config
+        .bootloader()
+        .exhaust()
+        .context("exhausting the boot counter")?;
     Ok(Ending::FallBack)
 }
 
 /// The trial is kept: one environment write. Not an error when nothing is on trial.
 pub fn confirm(config: &Config) -> Result<bootloader_glue::Confirmed> {
-    config.bootloader().confirm().context("confirming the trial in the boot environment")
+    config
+        .bootloader()
+        .confirm()
+        .context("confirming the trial in the boot environment")
 }
 
 /// What the bootloader told this boot.
@@ -122,9 +149,18 @@ pub fn booted(sysroot: &Path) -> Result<Option<Commit>> {
     let deployments = sysroot.join("sysroot/ostree/deploy");
     for os in list(&deployments)? {
         for deployment in list(&os.join("deploy"))? {
-            let name = deployment.file_name().and_then(|name| name.to_str()).unwrap_or("");
-            let Some(Ok(commit)) = name.split_once('.').map(|(commit, _)| commit.parse::<Commit>()) else { continue };
-            let found = fs::metadata(&deployment).with_context(|| format!("reading {}", deployment.display()))?;
+            let name = deployment
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or("");
+            let Some(Ok(commit)) = name
+                .split_once('.')
+                .map(|(commit, _)| commit.parse::<Commit>())
+            else {
+                continue;
+            };
+            let found = fs::metadata(&deployment)
+                .with_context(|| format!("reading {}", deployment.display()))?;
             if found.is_dir() && (found.dev(), found.ino()) == (root.dev(), root.ino()) {
                 return Ok(Some(commit));
             }
@@ -146,11 +182,21 @@ impl Report {
         for (kind, required) in [("required.d", true), ("wanted.d", false)] {
             for (name, path) in executables(directories, kind)? {
                 let deadline = end.min(Instant::now() + each);
-                checks.push(Check { name, required, outcome: check(&path, deadline).await });
+                checks.push(Check {
+                    name,
+                    required,
+                    outcome: check(&path, deadline).await,
+                });
             }
         }
-        let healthy = checks.iter().all(|check| !check.required || check.outcome == Outcome::Passed);
-        Ok(Self { commit, healthy, checks })
+        let healthy = checks
+            .iter()
+            .all(|check| !check.required || check.outcome == Outcome::Passed);
+        Ok(Self {
+            commit,
+            healthy,
+            checks,
+        })
     }
 }
 
@@ -158,7 +204,12 @@ fn executables(directories: &[PathBuf], kind: &str) -> Result<BTreeMap<String, P
     let mut found = BTreeMap::new();
     for directory in directories {
         for path in list(&directory.join(kind))? {
-            let Some(name) = path.file_name().map(|name| name.to_string_lossy().into_owned()) else { continue };
+            let Some(name) = path
+                .file_name()
+                .map(|name| name.to_string_lossy().into_owned())
+            else {
+                continue;
+            };
             // A dangling link is a check that cannot start, not one that may be skipped.
             let runs = match fs::metadata(&path) {
                 Ok(meta) if meta.is_file() => meta.permissions().mode() & 0o111 != 0,
@@ -178,12 +229,22 @@ fn executables(directories: &[PathBuf], kind: &str) -> Result<BTreeMap<String, P
 async fn check(path: &Path, deadline: Instant) -> Outcome {
     let mut command = tokio::process::Command::new(path);
     // Its own process group, so that what it started ends with it.
-    command.stdin(Stdio::null()).process_group(0).kill_on_drop(true);
+    command
+        .stdin(Stdio::null())
+        .process_group(0)
+        .kill_on_drop(true);
     let mut child = match command.spawn() {
         Ok(child) => child,
-        Err(error) => return Outcome::NotStarted { error: error.to_string() },
+        Err(error) => {
+            return Outcome::NotStarted {
+                error: error.to_string(),
+            };
+        }
     };
-    let group = child.id().and_then(|id| i32::try_from(id).ok()).and_then(Pid::from_raw);
+    let group = child
+        .id()
+        .and_then(|id| i32::try_from(id).ok())
+        .and_then(Pid::from_raw);
     let ended = timeout_at(deadline, child.wait()).await;
     if let Some(group) = group
         && let Err(error) = kill_process_group(group, Signal::KILL)
@@ -193,18 +254,26 @@ async fn check(path: &Path, deadline: Instant) -> Outcome {
     }
     match ended {
         Err(_) => Outcome::TimedOut,
-        Ok(Err(error)) => Outcome::NotStarted { error: error.to_string() },
+        Ok(Err(error)) => Outcome::NotStarted {
+            error: error.to_string(),
+        },
         Ok(Ok(status)) => match (status.code(), status.signal()) {
             (Some(0), _) => Outcome::Passed,
             (Some(code), _) => Outcome::Failed { code },
-            (None, signal) => Outcome::Killed { signal: signal.unwrap_or(0) },
+            (None, signal) => Outcome::Killed {
+                signal: signal.unwrap_or(0),
+            },
         },
     }
 }
 
 /// The entries of a directory that need not exist, in order.
 fn list(directory: &Path) -> Result<Vec<PathBuf>> {
-    let read = || -> io::Result<Vec<PathBuf>> { fs::read_dir(directory)?.map(|entry| Ok(entry?.path())).collect() };
+    let read = || -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(directory)?
+            .map(|entry| Ok(entry?.path()))
+            .collect()
+    };
     match read() {
         Ok(mut paths) => {
             paths.sort();
@@ -229,7 +298,9 @@ mod tests {
 
     async fn gather(directory: &Path, each: Duration) -> Report {
         let directories = [directory.join("usr"), directory.join("etc")];
-        Report::gather(None, &directories, each, Duration::from_secs(60)).await.unwrap()
+        Report::gather(None, &directories, each, Duration::from_secs(60))
+            .await
+            .unwrap()
     }
 
     #[tokio::test]
@@ -238,18 +309,36 @@ mod tests {
         script(temp.path(), "usr/required.d/10-good", "exit 0");
         script(temp.path(), "usr/wanted.d/bad", "exit 7");
         let report = gather(temp.path(), Duration::from_secs(30)).await;
-        let check = |name: &str, required, outcome| Check { name: name.to_owned(), required, outcome };
+        let check = |name: &str, required, outcome| Check {
+            name: name.to_owned(),
+            required,
+            outcome,
+        };
         let good = check("10-good", true, Outcome::Passed);
         let bad = check("bad", false, Outcome::Failed { code: 7 });
-        assert_eq!(report, Report { commit: None, healthy: true, checks: vec![good.clone(), bad.clone()] });
+        assert_eq!(
+            report,
+            Report {
+                commit: None,
+                healthy: true,
+                checks: vec![good.clone(), bad.clone()]
+            }
+        );
 
         script(temp.path(), "etc/required.d/20-killed", "kill -9 $$");
-        script(temp.path(), "etc/required.d/30-hangs", "exec cat /dev/zero > /dev/null");
+        script(
+            temp.path(),
+            "etc/required.d/30-hangs",
+            "exec cat /dev/zero > /dev/null",
+        );
         let report = gather(temp.path(), Duration::from_millis(300)).await;
         let killed = check("20-killed", true, Outcome::Killed { signal: 9 });
         let hangs = check("30-hangs", true, Outcome::TimedOut);
         assert_eq!(report.checks, [good, killed, hangs, bad]);
-        assert_eq!((report.healthy, report.failed()), (false, vec!["20-killed".to_owned(), "30-hangs".to_owned()]));
+        assert_eq!(
+            (report.healthy, report.failed()),
+            (false, vec!["20-killed".to_owned(), "30-hangs".to_owned()])
+        );
     }
 
     #[tokio::test]
@@ -260,7 +349,14 @@ mod tests {
         script(temp.path(), "etc/required.d/a", "exit 0");
         std::os::unix::fs::symlink("/dev/null", temp.path().join("etc/required.d/b")).unwrap();
         let report = gather(temp.path(), Duration::from_secs(30)).await;
-        assert_eq!(report.checks, [Check { name: "a".to_owned(), required: true, outcome: Outcome::Passed }]);
+        assert_eq!(
+            report.checks,
+            [Check {
+                name: "a".to_owned(),
+                required: true,
+                outcome: Outcome::Passed
+            }]
+        );
     }
 
     #[tokio::test]
@@ -268,7 +364,10 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         fs::create_dir_all(temp.path().join("usr/required.d")).unwrap();
         std::os::unix::fs::symlink("/nowhere", temp.path().join("usr/required.d/a")).unwrap();
-        assert_eq!(gather(temp.path(), Duration::from_secs(30)).await.failed(), ["a"]);
+        assert_eq!(
+            gather(temp.path(), Duration::from_secs(30)).await.failed(),
+            ["a"]
+        );
     }
 
     #[test]

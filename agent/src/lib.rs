@@ -13,8 +13,13 @@
 pub mod commit;
 pub mod decide;
 pub mod delta;
+pub mod deployment;
 pub mod record;
 pub mod trust;
 
 #[cfg(feature = "daemon")]
+pub mod config;
+#[cfg(feature = "daemon")]
 pub mod fetch;
+#[cfg(feature = "daemon")]
+pub mod health;

@@ -1,1 +1,132 @@
-fn main() {}
+//! The only program on the device that links libostree: one operation a run, JSON out, no network, killable at any moment.
+//!
+//! Everything it is given has been checked against signed digests by the daemon. A power cut leaves what libostree's own order of
+//! writes leaves: objects of a transaction are whole or not there, and the bootloader's entries swap with one rename; the next run
+//! of the same verb clears up and goes on.
+
+mod sysroot;
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use offshoot::commit::Commit;
+use offshoot::deployment::{Failure, FailureKind};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use serde_json::json;
+use sysroot::Sysroot;
+
+/// Deploys OSTree commits for the Offshoot daemon: one operation a run, one JSON object on standard output.
+///
+/// Exit codes: 0 done, 1 libostree failed, 2 usage, 3 the sysroot is locked by another program, 4 no space, 5 corrupt delta,
+/// 6 incomplete commit, 7 the running deployment is concerned, 8 the sysroot is not set up for updates.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The root of the system.
+    #[arg(long, default_value = "/")]
+    sysroot: PathBuf,
+    /// What writes grub.cfg, for libostree to run.
+    #[arg(long, default_value = "/usr/lib/ostree/ostree-grub-generator")]
+    bootloader_generator: PathBuf,
+    /// How much memory it may take, in MiB.
+    #[arg(long, default_value_t = 512)]
+    memory: u64,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// The deployments in boot order, and the free space. Writes nothing, takes no lock.
+    Status,
+    /// Whether a commit is complete in the repository. Writes nothing, takes no lock.
+    Stored {
+        #[arg(long)]
+        commit: Commit,
+    },
+    /// Whether there is room for a release, and a bootloader set up to take it. Writes nothing.
+    Preflight {
+        /// The bytes that the release unpacks to.
+        #[arg(long)]
+        unpacked: u64,
+    },
+    /// Stores a delta, in a directory with `superblock`, `0`, `1` …, in the repository.
+    Apply {
+        #[arg(long)]
+        spool: PathBuf,
+        #[arg(long)]
+        commit: Commit,
+    },
+    /// Deploys a commit beside the running system and makes it the default; /etc is merged now.
+    Deploy {
+        #[arg(long)]
+        commit: Commit,
+    },
+    /// Removes every deployment of a commit but the running one.
+    Undeploy {
+        #[arg(long)]
+        commit: Commit,
+    },
+    /// Removes deployments that are neither running, pinned nor kept, and objects that nothing refers to.
+    Prune {
+        #[arg(long)]
+        keep: Vec<Commit>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match speak(&arguments) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("offshoot-deployer: standard output: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// libostree prints notes on standard output; that is for one JSON object, so everything else goes to standard error.
+fn speak(arguments: &Arguments) -> io::Result<ExitCode> {
+    let mut answer = File::from(rustix::io::dup(rustix::stdio::stdout())?);
+    rustix::stdio::dup2_stdout(rustix::stdio::stderr())?;
+    match run(arguments) {
+        Ok(value) => {
+            writeln!(answer, "{value}")?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(failure) => {
+            writeln!(answer, "{}", json!({ "error": failure }))?;
+            eprintln!("offshoot-deployer: {failure}");
+            Ok(ExitCode::from(failure.kind.code()))
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<serde_json::Value, Failure> {
+    let limit = Some(arguments.memory << 20);
+    setrlimit(
+        Resource::Data,
+        Rlimit {
+            current: limit,
+            maximum: limit,
+        },
+    )
+    .map_err(|error| Failure {
+        kind: FailureKind::Unsuited,
+        message: format!("limiting memory to {} MiB: {error}", arguments.memory),
+    })?;
+    let sysroot = Sysroot::load(&arguments.sysroot, &arguments.bootloader_generator)?;
+    let value = match &arguments.verb {
+        Verb::Status => json!(sysroot.status()?),
+        Verb::Stored { commit } => json!(sysroot.stored(*commit)?),
+        Verb::Preflight { unpacked } => json!(sysroot.preflight(*unpacked)?),
+        Verb::Apply { spool, commit } => json!(sysroot.lock()?.apply(spool, *commit)?),
+        Verb::Deploy { commit } => json!(sysroot.lock()?.deploy(*commit)?),
+        Verb::Undeploy { commit } => json!(sysroot.lock()?.undeploy(*commit)?),
+        Verb::Prune { keep } => json!(sysroot.lock()?.prune(keep)?),
+    };
+    Ok(value)
+}

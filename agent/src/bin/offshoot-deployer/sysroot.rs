@@ -1,0 +1,453 @@
+//! The verbs over libostree.
+
+use std::path::{Path, PathBuf};
+
+use offshoot::commit::Commit;
+use offshoot::deployment::{Deployment, Deployments, Done, Failure, FailureKind, Stored};
+use ostree::gio::Cancellable;
+use ostree::gio::prelude::*;
+use ostree::{RepoCommitState, RepoPruneFlags, SysrootWriteDeploymentsOpts, gio, glib};
+
+/// Keeps what is applied and not deployed yet from being pruned.
+const STAGED: &str = "offshoot/staged";
+
+/// Room beside what a release unpacks to: metadata, and what the running system writes meanwhile.
+const MARGIN: u64 = 32 << 20;
+
+const NONE: Option<&Cancellable> = None;
+
+pub(crate) struct Sysroot {
+    path: PathBuf,
+    ostree: ostree::Sysroot,
+    repo: ostree::Repo,
+}
+
+/// The sysroot under its lock: what may write.
+pub(crate) struct Locked {
+    sysroot: Sysroot,
+}
+
+fn failure(kind: FailureKind, message: impl Into<String>) -> Failure {
+    Failure {
+        kind,
+        message: message.into(),
+    }
+}
+
+/// libostree's error, sorted by its code: never by its words.
+fn ostree(doing: &str, error: &glib::Error) -> Failure {
+    let kind = if error.matches(gio::IOErrorEnum::NoSpace) {
+        FailureKind::NoSpace
+    } else {
+        FailureKind::Ostree
+    };
+    failure(kind, format!("{doing}: {}", error.message()))
+}
+
+impl Sysroot {
+    pub(crate) fn load(path: &Path, generator: &Path) -> Result<Self, Failure> {
+        let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(path)));
+        let say =
+            |error: glib::Error| ostree(&format!("loading the sysroot {}", path.display()), &error);
+        if path == Path::new("/") && rustix::process::geteuid().is_root() {
+            // /sysroot and /boot may be mounted read-only; libostree makes them writable for this process only.
+            sysroot.initialize_with_mount_namespace(NONE).map_err(say)?;
+        }
+        sysroot.load(NONE).map_err(say)?;
+        let repo = sysroot.repo();
+        let bootloader = repo
+            .config()
+            .string("sysroot", "bootloader")
+            .map(|name| name.to_string());
+        if bootloader.is_ok_and(|name| name == "grub2") {
+            #[allow(unsafe_code)]
+            // SAFETY: no other thread exists yet that could read the environment.
+            unsafe {
+                std::env::set_var("OSTREE_GRUB2_EXEC", generator);
+            }
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            ostree: sysroot,
+            repo,
+        })
+    }
+
+    pub(crate) fn lock(self) -> Result<Locked, Failure> {
+        match self.ostree.try_lock() {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(failure(
+                    FailureKind::Busy,
+                    "another program holds the sysroot's lock: try again when it is done",
+                ));
+            }
+            Err(error) => return Err(ostree("locking the sysroot", &error)),
+        }
+        // What another run left behind; and what changed before the lock was ours.
+        self.ostree
+            .load_if_changed(NONE)
+            .map_err(|error| ostree("loading the sysroot", &error))?;
+        Ok(Locked { sysroot: self })
+    }
+
+    pub(crate) fn status(&self) -> Result<Deployments, Failure> {
+        let booted = self.ostree.booted_deployment();
+        let deployments = self.ostree.deployments();
+        let describe = |deployment: &ostree::Deployment| {
+            let checksum = deployment.csum();
+            let commit = checksum
+                .parse()
+                .map_err(|error| failure(FailureKind::Ostree, format!("{error}")))?;
+            let (object, _) = self
+                .repo
+                .load_commit(&checksum)
+                .map_err(|error| ostree("reading a commit", &error))?;
+            let metadata = glib::VariantDict::new(Some(&object.child_value(0)));
+            let version = metadata.lookup::<String>("version").unwrap_or(None);
+            let os = deployment.osname().to_string();
+            Ok(Deployment {
+                commit,
+                version,
+                os,
+                pinned: deployment.is_pinned(),
+                staged: deployment.is_staged(),
+            })
+        };
+        Ok(Deployments {
+            booted: booted.and_then(|booted| {
+                deployments
+                    .iter()
+                    .position(|deployment| deployment.equal(&booted))
+            }),
+            deployments: deployments
+                .iter()
+                .map(describe)
+                .collect::<Result<_, Failure>>()?,
+            repo_free: self.free("ostree/repo")?,
+            boot_free: self.free("boot")?,
+        })
+    }
+
+    pub(crate) fn stored(&self, commit: Commit) -> Result<Stored, Failure> {
+        match self.verify_complete(commit, false) {
+            Ok(()) => Ok(Stored { complete: true }),
+            Err(Failure {
+                kind: FailureKind::IncompleteCommit,
+                ..
+            }) => Ok(Stored { complete: false }),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Before the first byte: that what is to come fits, in numbers.
+    pub(crate) fn preflight(&self, unpacked: u64) -> Result<Done, Failure> {
+        let repo_free = self.free("ostree/repo")?;
+        let needed = unpacked + MARGIN;
+        if repo_free < needed {
+            let path = self.path.join("ostree/repo");
+            return Err(failure(
+                FailureKind::NoSpace,
+                format!(
+                    "{}: {needed} bytes are needed, {repo_free} are free",
+                    path.display()
+                ),
+            ));
+        }
+        let mut kernels = 0;
+        if let Some(deployment) = self.merge_deployment() {
+            let directory = self.ostree.deployment_dirpath(&deployment);
+            let modules = self.path.join(directory.as_str()).join("usr/lib/modules");
+            for kernel in std::fs::read_dir(&modules).into_iter().flatten().flatten() {
+                for file in ["vmlinuz", "initramfs.img"] {
+                    kernels +=
+                        std::fs::metadata(kernel.path().join(file)).map_or(0, |meta| meta.len());
+                }
+            }
+        }
+        let boot_free = self.free("boot")?;
+        // A kernel that grows a little must not be what makes the deployment fail half-way.
+        let needed = kernels + kernels / 4;
+        if boot_free < needed {
+            let path = self.path.join("boot");
+            return Err(failure(
+                FailureKind::NoSpace,
+                format!(
+                    "{}: a kernel needs {needed} bytes, {boot_free} are free",
+                    path.display()
+                ),
+            ));
+        }
+        Ok(Done { changed: false })
+    }
+
+    fn free(&self, below: &str) -> Result<u64, Failure> {
+        let path = self.path.join(below);
+        let stat = rustix::fs::statvfs(&path).map_err(|error| {
+            failure(
+                FailureKind::Unsuited,
+                format!("reading {}: {error}", path.display()),
+            )
+        })?;
+        Ok(stat.f_bavail * stat.f_frsize)
+    }
+
+    /// What a new deployment takes its kernel arguments and /etc from: the running one, or outside of one the default.
+    fn merge_deployment(&self) -> Option<ostree::Deployment> {
+        self.ostree
+            .booted_deployment()
+            .or_else(|| self.ostree.deployments().into_iter().next())
+    }
+
+    /// The commit and every object below it are there; with `check`, the kernel and the initramfs are also read and digested.
+    fn verify_complete(&self, commit: Commit, check: bool) -> Result<(), Failure> {
+        let incomplete = |message: String| failure(FailureKind::IncompleteCommit, message);
+        let checksum = commit.to_string();
+        let has = self
+            .repo
+            .has_object(ostree::ObjectType::Commit, &checksum, NONE)
+            .map_err(|error| ostree("reading the repository", &error))?;
+        if !has {
+            return Err(incomplete(format!(
+                "commit {commit} is not in the repository"
+            )));
+        }
+        let (_, state) = self
+            .repo
+            .load_commit(&checksum)
+            .map_err(|error| ostree("reading the commit", &error))?;
+        if state.contains(RepoCommitState::PARTIAL) {
+            return Err(incomplete(format!(
+                "commit {commit} is only partly in the repository"
+            )));
+        }
+        let objects = self
+            .repo
+            .traverse_commit(&checksum, 0, NONE)
+            .map_err(|error| incomplete(format!("walking commit {commit}: {}", error.message())))?;
+        for object in objects {
+            let (kind, name) = (object.object_type(), object.checksum());
+            let has = self
+                .repo
+                .has_object(kind, name, NONE)
+                .map_err(|error| ostree("reading the repository", &error))?;
+            if !has {
+                return Err(incomplete(format!(
+                    "object {name} of commit {commit} is missing"
+                )));
+            }
+        }
+        if check {
+            self.check_kernel(&checksum)?;
+        }
+        Ok(())
+    }
+
+    /// Two deployments with one kernel share its file: a corrupt object would break them both.
+    fn check_kernel(&self, checksum: &str) -> Result<(), Failure> {
+        let (root, _) = self
+            .repo
+            .read_commit(checksum, NONE)
+            .map_err(|error| ostree("reading the commit", &error))?;
+        let modules = root.resolve_relative_path("usr/lib/modules");
+        let kernels = modules
+            .enumerate_children(
+                "standard::name",
+                gio::FileQueryInfoFlags::NOFOLLOW_SYMLINKS,
+                NONE,
+            )
+            .map_err(|error| {
+                failure(
+                    FailureKind::Unsuited,
+                    format!("usr/lib/modules: {}", error.message()),
+                )
+            })?;
+        for kernel in kernels.flatten() {
+            for file in ["vmlinuz", "initramfs.img"] {
+                let file = modules.child(kernel.name()).child(file);
+                let Ok(file) = file.downcast::<ostree::RepoFile>() else {
+                    continue;
+                };
+                if !file.query_exists(NONE) {
+                    continue;
+                }
+                let object = file.checksum();
+                self.repo
+                    .fsck_object(ostree::ObjectType::File, &object, NONE)
+                    .map_err(|error| {
+                        failure(
+                            FailureKind::IncompleteCommit,
+                            format!("object {object}: {}", error.message()),
+                        )
+                    })?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Locked {
+    /// Cut anywhere: objects are whole or absent, and the commit counts only when all are there.
+    pub(crate) fn apply(&self, spool: &Path, commit: Commit) -> Result<Done, Failure> {
+        let Sysroot { repo, .. } = &self.sysroot;
+        if self.sysroot.stored(commit)?.complete {
+            return Ok(Done { changed: false });
+        }
+        let delta = |error: &glib::Error| match ostree("applying the delta", error) {
+            Failure {
+                kind: FailureKind::Ostree,
+                message,
+            } => failure(FailureKind::CorruptDelta, message),
+            failure => failure,
+        };
+        repo.prepare_transaction(NONE)
+            .map_err(|error| ostree("beginning a transaction", &error))?;
+        let applied = repo.static_delta_execute_offline(&gio::File::for_path(spool), false, NONE);
+        if let Err(error) = applied {
+            repo.abort_transaction(NONE)
+                .map_err(|error| ostree("aborting the transaction", &error))?;
+            return Err(delta(&error));
+        }
+        let checksum = commit.to_string();
+        let present = repo.has_object(ostree::ObjectType::Commit, &checksum, NONE);
+        if !present.map_err(|error| ostree("reading the repository", &error))? {
+            repo.abort_transaction(NONE)
+                .map_err(|error| ostree("aborting the transaction", &error))?;
+            let message = format!("{} does not produce commit {commit}", spool.display());
+            return Err(failure(FailureKind::CorruptDelta, message));
+        }
+        repo.transaction_set_ref(None, STAGED, Some(&checksum));
+        repo.commit_transaction(NONE)
+            .map_err(|error| ostree("committing the transaction", &error))?;
+        self.sysroot.verify_complete(commit, false)?;
+        Ok(Done { changed: true })
+    }
+
+    /// Cut before the entries swap: the former default, and a directory that the next run clears. After: the new default.
+    pub(crate) fn deploy(&self, commit: Commit) -> Result<Done, Failure> {
+        let Sysroot {
+            ostree: sysroot, ..
+        } = &self.sysroot;
+        let checksum = commit.to_string();
+        let deployments = sysroot.deployments();
+        if deployments
+            .first()
+            .is_some_and(|first| first.csum() == checksum)
+        {
+            return Ok(Done { changed: false });
+        }
+        self.sysroot.verify_complete(commit, true)?;
+        sysroot
+            .cleanup(NONE)
+            .map_err(|error| ostree("clearing up", &error))?;
+        let Some(merge) = self.sysroot.merge_deployment() else {
+            return Err(failure(
+                FailureKind::Unsuited,
+                "there is no deployment to take kernel arguments and /etc from",
+            ));
+        };
+        let os = merge.osname();
+        let kernel_arguments = merge
+            .bootconfig()
+            .and_then(|config| config.get("options"))
+            .unwrap_or_default();
+        let kernel_arguments: Vec<&str> = kernel_arguments
+            .split_ascii_whitespace()
+            .filter(|argument| !argument.starts_with("ostree="))
+            .collect();
+        let new = sysroot
+            .deploy_tree(
+                Some(&os),
+                &checksum,
+                merge.origin().as_ref(),
+                Some(&merge),
+                &kernel_arguments,
+                NONE,
+            )
+            .map_err(|error| ostree("deploying", &error))?;
+        let kept = deployments
+            .into_iter()
+            .filter(|deployment| deployment.equal(&merge) || deployment.is_pinned());
+        self.write(std::iter::once(new).chain(kept).collect())
+    }
+
+    pub(crate) fn undeploy(&self, commit: Commit) -> Result<Done, Failure> {
+        let checksum = commit.to_string();
+        let booted = self.sysroot.ostree.booted_deployment();
+        let deployments = self.sysroot.ostree.deployments();
+        let before = deployments.len();
+        let is_booted = |deployment: &ostree::Deployment| {
+            booted
+                .as_ref()
+                .is_some_and(|booted| booted.equal(deployment))
+        };
+        // A pinned one goes too: what was rejected must not be what a counter can choose.
+        let kept: Vec<_> = deployments
+            .into_iter()
+            .filter(|deployment| deployment.csum() != checksum || is_booted(deployment))
+            .collect();
+        if kept.is_empty() {
+            return Err(failure(
+                FailureKind::Booted,
+                format!("{commit} is the only deployment: it stays"),
+            ));
+        }
+        if kept.len() == before {
+            return Ok(Done { changed: false });
+        }
+        self.write(kept)
+    }
+
+    pub(crate) fn prune(&self, keep: &[Commit]) -> Result<Done, Failure> {
+        let Sysroot {
+            ostree: sysroot,
+            repo,
+            ..
+        } = &self.sysroot;
+        let keep: Vec<String> = keep.iter().map(Commit::to_string).collect();
+        let merge = self.sysroot.merge_deployment();
+        let deployments = sysroot.deployments();
+        let before = deployments.len();
+        let is_merge = |deployment: &ostree::Deployment| {
+            merge.as_ref().is_some_and(|merge| merge.equal(deployment))
+        };
+        let kept: Vec<_> = deployments
+            .into_iter()
+            .filter(|one| {
+                is_merge(one)
+                    || one.is_pinned()
+                    || keep.iter().any(|commit| one.csum() == commit.as_str())
+            })
+            .collect();
+        let mut changed = kept.len() != before;
+        if changed {
+            self.write(kept)?;
+        }
+        let staged = repo
+            .resolve_rev(STAGED, true)
+            .map_err(|error| ostree("reading refs", &error))?;
+        if let Some(staged) = staged
+            && !keep.iter().any(|commit| staged == commit.as_str())
+        {
+            repo.set_ref_immediate(None, STAGED, None, NONE)
+                .map_err(|error| ostree("removing a ref", &error))?;
+            changed = true;
+        }
+        sysroot
+            .cleanup(NONE)
+            .map_err(|error| ostree("clearing up", &error))?;
+        repo.prune(RepoPruneFlags::REFS_ONLY, 0, NONE)
+            .map_err(|error| ostree("pruning the repository", &error))?;
+        Ok(Done { changed })
+    }
+
+    /// The entries swap here; afterwards libostree removes what they no longer name.
+    fn write(&self, deployments: Vec<ostree::Deployment>) -> Result<Done, Failure> {
+        let options = SysrootWriteDeploymentsOpts { do_postclean: true };
+        self.sysroot
+            .ostree
+            .write_deployments_with_options(&deployments, &options, NONE)
+            .map_err(|error| ostree("writing the boot entries", &error))?;
+        Ok(Done { changed: true })
+    }
+}

@@ -1,0 +1,81 @@
+//! What `offshoot-deployer` says to the daemon: one JSON object a run. The daemon never links libostree; it reads these.
+
+use serde::{Deserialize, Serialize};
+
+use crate::commit::Commit;
+
+/// `offshoot-deployer status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deployments {
+    /// The running deployment's place in `deployments`; none outside of one.
+    pub booted: Option<usize>,
+    /// In boot order: the first is what the bootloader boots by default.
+    pub deployments: Vec<Deployment>,
+    /// Free bytes of the file system with the repository, and of `/boot`.
+    pub repo_free: u64,
+    pub boot_free: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Deployment {
+    pub commit: Commit,
+    pub version: Option<String>,
+    pub os: String,
+    pub pinned: bool,
+    pub staged: bool,
+}
+
+/// `offshoot-deployer stored`: how much of a commit is in the repository.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    pub complete: bool,
+}
+
+/// What a writing verb did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// False when everything was so already.
+    pub changed: bool,
+}
+
+/// Why a verb did not do it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    pub kind: FailureKind,
+    pub message: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FailureKind {
+    /// Another program holds the sysroot's lock.
+    Busy,
+    /// A file system has too little room.
+    NoSpace,
+    /// The delta is not for this commit, or its parts do not check.
+    CorruptDelta,
+    /// Objects of the commit are missing or do not check.
+    IncompleteCommit,
+    /// The running deployment is not to be touched.
+    Booted,
+    /// The sysroot is not set up as an update needs it.
+    Unsuited,
+    /// libostree's own word.
+    Ostree,
+}
+
+impl FailureKind {
+    /// The exit code of `offshoot-deployer`.
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::Ostree => 1,
+            Self::Busy => 3,
+            Self::NoSpace => 4,
+            Self::CorruptDelta => 5,
+            Self::IncompleteCommit => 6,
+            Self::Booted => 7,
+            Self::Unsuited => 8,
+        }
+    }
+}
