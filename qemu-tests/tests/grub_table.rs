@@ -243,7 +243,7 @@ impl Bench {
                 case.entries
             );
         }
-        script.push_str("halt\n");
+        script.push_str("reboot\n");
         fs::create_dir_all(tree.join("EFI/BOOT")).unwrap();
         fs::write(tree.join("EFI/BOOT/grub.cfg"), script).unwrap();
         fs::write(tree.join("counter.cfg"), COUNTER_CFG).unwrap();
@@ -281,12 +281,10 @@ impl Bench {
         let readonly = if writable { "off" } else { "on" };
         let output = Command::new("timeout")
             .args([
-                "600",
+                "120",
                 "qemu-system-x86_64",
                 "-machine",
                 "q35",
-                "-accel",
-                "kvm",
                 "-accel",
                 "tcg",
                 "-m",
