@@ -6,20 +6,21 @@
 //! - [`trust`]: TUF metadata to a [`trust::Verified`] release, without I/O.
 //! - [`delta`]: the OSTree static-delta superblock, parsed just far enough to know what it would produce.
 //! - [`fetch`]: bytes from the server to the spool, resumed and checked against signed digests.
-//! - [`device`]: observe the device and perform one step on it, with the deployer and the bootloader.
+//! - [`deployment`]: what the deployer, the only program that links libostree, says to the others.
 //! - [`health`]: the checks that a trial boot must pass, and the confirmation after them.
-//! - [`daemon`]: the loop around all of it; [`api`]: its unix socket; [`cli`]: the words an operator types.
+//! - [`config`]: the two files that configure all of it; [`cli`]: the words an operator types.
 
+#[cfg(feature = "daemon")]
+pub mod cli;
 pub mod commit;
+#[cfg(feature = "daemon")]
+pub mod config;
 pub mod decide;
 pub mod delta;
 pub mod deployment;
-pub mod record;
-pub mod trust;
-
-#[cfg(feature = "daemon")]
-pub mod config;
 #[cfg(feature = "daemon")]
 pub mod fetch;
 #[cfg(feature = "daemon")]
 pub mod health;
+pub mod record;
+pub mod trust;
