@@ -1,0 +1,292 @@
+//! One connection to the server: found, trusted, and speaking the better protocol of those that it offers.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Empty;
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::time_provider::TimeProvider;
+use rustls::{CertificateError, ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, lookup_host};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsConnector;
+
+use super::url::Base;
+use super::{Fault, Phase, TlsFault};
+
+const HEAD_LIMIT: usize = 32 << 10;
+const HEADERS_LIMIT: usize = 64;
+/// How much may be on its way over HTTP/2 before it is written to the spool.
+const WINDOW: u32 = 1 << 20;
+
+/// A connection, driven by a task that ends with it.
+pub(super) struct Connection {
+    pub(super) sender: Sender,
+    driver: JoinHandle<()>,
+    /// When it last answered.
+    pub(super) used: Instant,
+}
+
+pub(super) enum Sender {
+    Http1(http1::SendRequest<Empty<Bytes>>),
+    Http2(http2::SendRequest<Empty<Bytes>>),
+}
+
+impl Sender {
+    pub(super) fn is_http2(&self) -> bool {
+        match self {
+            Self::Http1(_) => false,
+            Self::Http2(_) => true,
+        }
+    }
+}
+
+impl Connection {
+    /// Looks up the server, connects and shakes hands, all within `limit`.
+    pub(super) async fn to(
+        base: &Base,
+        tls: &Arc<ClientConfig>,
+        limit: Duration,
+    ) -> Result<Self, Fault> {
+        let deadline = Instant::now() + limit;
+        let Base {
+            scheme,
+            host,
+            port,
+            name,
+            ..
+        } = base;
+        let addresses: Vec<_> = within(
+            deadline,
+            Phase::Resolve,
+            lookup_host((host.as_str(), *port)),
+        )
+        .await?
+        .collect();
+        let mut outcome = Err(Fault::Unreachable {
+            phase: Phase::Resolve,
+            kind: io::ErrorKind::NotFound,
+        });
+        for (tried, address) in addresses.iter().enumerate() {
+            // A dead address, as IPv6 often is, may use only its share of the time.
+            let now = Instant::now();
+            let share = deadline.saturating_duration_since(now) / (addresses.len() - tried) as u32;
+            outcome = within(now + share, Phase::Connect, TcpStream::connect(address)).await;
+            if outcome.is_ok() {
+                break;
+            }
+        }
+        let tcp = outcome?;
+        within(deadline, Phase::Connect, async { tcp.set_nodelay(true) }).await?;
+        if *scheme == "http" {
+            return Self::over(Box::new(tcp), false).await;
+        }
+        let tls = within(
+            deadline,
+            Phase::Handshake,
+            TlsConnector::from(tls.clone()).connect(name.clone(), tcp),
+        )
+        .await?;
+        let http2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
+        Self::over(Box::new(tls), http2).await
+    }
+
+    async fn over(stream: Box<dyn Stream>, http2: bool) -> Result<Self, Fault> {
+        let io = TokioIo::new(stream);
+        let log = |ended: hyper::Result<()>| {
+            if let Err(error) = ended {
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "the connection ended"
+                );
+            }
+        };
+        if http2 {
+            let mut builder = http2::Builder::new(TokioExecutor::new());
+            builder
+                .initial_stream_window_size(WINDOW)
+                .initial_connection_window_size(WINDOW)
+                .max_header_list_size(HEAD_LIMIT as u32);
+            let (sender, connection) = builder
+                .handshake(io)
+                .await
+                .map_err(|error| broken(&error, 0))?;
+            let driver = tokio::spawn(async move { log(connection.await) });
+            Ok(Self {
+                sender: Sender::Http2(sender),
+                driver,
+                used: Instant::now(),
+            })
+        } else {
+            let mut builder = http1::Builder::new();
+            builder.max_headers(HEADERS_LIMIT).max_buf_size(HEAD_LIMIT);
+            let (sender, connection) = builder
+                .handshake(io)
+                .await
+                .map_err(|error| broken(&error, 0))?;
+            let driver = tokio::spawn(async move { log(connection.await) });
+            Ok(Self {
+                sender: Sender::Http1(sender),
+                driver,
+                used: Instant::now(),
+            })
+        }
+    }
+
+    pub(super) async fn send(
+        &mut self,
+        request: Request<Empty<Bytes>>,
+    ) -> Result<Response<Incoming>, Fault> {
+        let answer = match &mut self.sender {
+            Sender::Http1(sender) => match sender.ready().await {
+                Ok(()) => sender.send_request(request).await,
+                Err(error) => Err(error),
+            },
+            Sender::Http2(sender) => match sender.ready().await {
+                Ok(()) => sender.send_request(request).await,
+                Err(error) => Err(error),
+            },
+        };
+        answer.map_err(|error| broken(&error, 0))
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+/// Certificates are judged by the system's clock, but never as if it were earlier than the floor.
+#[derive(Debug)]
+struct FlooredClock {
+    floor: UnixTime,
+}
+
+impl TimeProvider for FlooredClock {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::now().max(self.floor))
+    }
+}
+
+/// What to offer and whom to trust: only the authorities in `ca`, or those of the system.
+pub(super) fn tls(ca: Option<&Path>, floor: jiff::Timestamp) -> anyhow::Result<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    match ca {
+        Some(path) => {
+            let pem =
+                fs::read(path).with_context(|| format!("reading the CA {}", path.display()))?;
+            for certificate in CertificateDer::pem_slice_iter(&pem) {
+                let certificate =
+                    certificate.with_context(|| format!("the CA {} as PEM", path.display()))?;
+                roots
+                    .add(certificate)
+                    .with_context(|| format!("a certificate in the CA {}", path.display()))?;
+            }
+            if roots.is_empty() {
+                bail!(
+                    "the CA {} contains no certificate; put one there in PEM",
+                    path.display()
+                );
+            }
+        }
+        None => {
+            let found = rustls_native_certs::load_native_certs();
+            let (added, _) = roots.add_parsable_certificates(found.certs);
+            if added == 0 {
+                let why = found
+                    .errors
+                    .first()
+                    .map_or("none were found".to_owned(), ToString::to_string);
+                bail!(
+                    "the system has no trusted certificates: {why}; install ca-certificates or configure a CA"
+                );
+            }
+        }
+    }
+    let floor = FlooredClock {
+        floor: UnixTime::since_unix_epoch(Duration::from_secs(
+            floor.as_second().try_into().unwrap_or(0),
+        )),
+    };
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut tls = ClientConfig::builder_with_details(provider, Arc::new(floor))
+        .with_safe_default_protocol_versions()
+        .context("choosing TLS versions")?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(tls)
+}
+
+/// Waits for a step of the connection, until the deadline.
+async fn within<T>(
+    deadline: Instant,
+    phase: Phase,
+    step: impl Future<Output = io::Result<T>>,
+) -> Result<T, Fault> {
+    match timeout_at(deadline, step).await {
+        Err(_) => Err(Fault::Unreachable {
+            phase,
+            kind: io::ErrorKind::TimedOut,
+        }),
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(error)) => Err(
+            match error
+                .get_ref()
+                .and_then(|inner| inner.downcast_ref::<rustls::Error>())
+            {
+                Some(error) => Fault::Tls(refused(error)),
+                None => Fault::Unreachable {
+                    phase,
+                    kind: error.kind(),
+                },
+            },
+        ),
+    }
+}
+
+fn refused(error: &rustls::Error) -> TlsFault {
+    let rustls::Error::InvalidCertificate(error) = error else {
+        return TlsFault::Other(error.to_string());
+    };
+    match error {
+        CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
+            TlsFault::NotYetValid
+        }
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => TlsFault::Expired,
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            TlsFault::WrongName
+        }
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => TlsFault::Untrusted,
+        // rustls may learn to tell more apart.
+        other => TlsFault::Other(format!("{other:?}")),
+    }
+}
+
+/// A connection that failed after it was made: what came was not HTTP, or it ended.
+pub(super) fn broken(error: &hyper::Error, got: u64) -> Fault {
+    if error.is_parse() || error.is_parse_status() || error.is_parse_too_large() {
+        return Fault::Malformed {
+            what: error.to_string(),
+        };
+    }
+    tracing::debug!(error = error as &dyn std::error::Error, got, "interrupted");
+    Fault::Interrupted { got }
+}
+
+/// TLS or, on a bench, plain TCP.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
