@@ -47,8 +47,6 @@ pub enum Refusal {
         threshold: u64,
         keys: usize,
     },
-    #[error("root does not use consistent snapshots: publish with consistent_snapshot true")]
-    NotConsistent,
 
     // The signatures.
     #[error(
@@ -59,8 +57,6 @@ pub enum Refusal {
     // Versions and time.
     #[error("root goes from version {have} to {got}: publish version {have} + 1")]
     RootNotSequential { have: u64, got: u64 },
-    #[error("more than {limit} new roots in one refresh: the next refresh goes on from there")]
-    TooManyRoots { limit: u32 },
     #[error(
         "{role} metadata went back from version {have} to {got}: publish a version above {have}"
     )]
@@ -132,8 +128,6 @@ pub enum Refusal {
     // The refresh.
     #[error("the server has no {path}: publish the repository completely")]
     Missing { path: String },
-    #[error(
-        "the server answered `not modified` for {path}, which this device does not hold: check the caches on the way"
-    )]
-    NothingToKeep { path: String },
+    #[error("the transport answered {reply} to {want}: check the caches and proxies on the way")]
+    OutOfTurn { want: String, reply: &'static str },
 }

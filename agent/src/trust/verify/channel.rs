@@ -1,0 +1,212 @@
+//! A channel: a role of the top-level targets, and the entries that it signs for each hardware.
+//!
+//! Does not follow delegations below the channel, and does not search: a channel is found by its name.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::{Verified, mixed_up, same};
+use crate::commit::Commit;
+use crate::trust::Refusal;
+use crate::trust::schema::{
+    Custom, Delegation, Digested, FORMAT, HardwareId, Key, ReleaseVersion, RoleName, TargetFile,
+    TargetPath, Targets, from_value,
+};
+
+/// A channel's role: the only way to an [`Entry`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Channel {
+    pub(super) name: RoleName,
+    pub(super) paths: Vec<String>,
+    pub(super) targets: Targets,
+}
+
+/// What a channel says of one release for one hardware.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub channel: RoleName,
+    pub hardware: HardwareId,
+    /// The target that is the commit object.
+    pub path: TargetPath,
+    pub commit: Commit,
+    /// Bytes of the commit object.
+    pub length: u64,
+    pub version: ReleaseVersion,
+    pub serial: u64,
+    pub manifest: Digested,
+}
+
+impl Channel {
+    /// The entry for `hardware` with the greatest serial. Entries of a format that this code does not know are not for it.
+    pub fn newest(&self, hardware: &HardwareId) -> Result<Option<Verified<Entry>>, Refusal> {
+        let mut newest: Option<Entry> = None;
+        for entry in self.entries(hardware) {
+            let entry = entry?;
+            match &newest {
+                Some(held) if held.serial > entry.serial => {}
+                Some(held) if held.serial == entry.serial => {
+                    return Err(Refusal::AmbiguousSerial {
+                        path: held.path.to_string(),
+                        other: entry.path.to_string(),
+                        serial: entry.serial,
+                    });
+                }
+                _ => newest = Some(entry),
+            }
+        }
+        Ok(newest.map(Verified))
+    }
+
+    /// The entry for `hardware` that is `commit`; the one with the greatest serial if it was released again.
+    pub fn find(
+        &self,
+        hardware: &HardwareId,
+        commit: Commit,
+    ) -> Result<Option<Verified<Entry>>, Refusal> {
+        let mut found: Option<Entry> = None;
+        for entry in self.entries(hardware) {
+            let entry = entry?;
+            if entry.commit == commit
+                && found.as_ref().is_none_or(|held| held.serial < entry.serial)
+            {
+                found = Some(entry);
+            }
+        }
+        Ok(found.map(Verified))
+    }
+
+    fn entries<'a>(
+        &'a self,
+        hardware: &'a HardwareId,
+    ) -> impl Iterator<Item = Result<Entry, Refusal>> + 'a {
+        let folder = format!("{}/{}/", self.name, hardware);
+        let in_folder = move |path: &&String| {
+            path.strip_prefix(&folder)
+                .is_some_and(|file| file.ends_with(".commit"))
+        };
+        let targets = self
+            .targets
+            .targets
+            .iter()
+            .filter(move |(path, _)| in_folder(path));
+        targets.filter_map(|(path, file)| self.entry(hardware, path, file).transpose())
+    }
+
+    fn entry(
+        &self,
+        hardware: &HardwareId,
+        path: &str,
+        file: &TargetFile,
+    ) -> Result<Option<Entry>, Refusal> {
+        if !self.paths.iter().any(|pattern| matches(pattern, path)) {
+            return Err(Refusal::NotDelegated {
+                channel: self.name.to_string(),
+                path: path.to_owned(),
+            });
+        }
+        let malformed = |why: &str| Refusal::Malformed {
+            role: path.to_owned(),
+            why: why.to_owned(),
+        };
+        let Some(custom) = file
+            .custom
+            .as_ref()
+            .and_then(|custom| custom.get("offshoot"))
+        else {
+            return Err(malformed("it has no custom.offshoot"));
+        };
+        match custom.get("format").and_then(Value::as_u64) {
+            Some(FORMAT) => {}
+            Some(_) => return Ok(None),
+            None => return Err(malformed("custom.offshoot has no format")),
+        }
+        let custom: Custom = from_value(path, custom.clone())?;
+        let named = format!("{}/{}/{}.commit", self.name, hardware, custom.version);
+        same(path, "version", &named, &path)?;
+        if !custom.hardware.contains(hardware) {
+            let listed: Vec<_> = custom.hardware.iter().map(HardwareId::as_str).collect();
+            return Err(mixed_up(path, "hardware", hardware, &listed.join(" ")));
+        }
+        let Some(sha256) = file.hashes.get("sha256") else {
+            return Err(malformed("it has no sha256"));
+        };
+        Ok(Some(Entry {
+            channel: self.name.clone(),
+            hardware: hardware.clone(),
+            path: path
+                .parse()
+                .map_err(|_| malformed("its path leaves its folder"))?,
+            commit: sha256
+                .parse()
+                .map_err(|_| malformed("its sha256 is not a digest"))?,
+            length: file.length,
+            version: custom.version,
+            serial: custom.serial,
+            manifest: custom.manifest,
+        }))
+    }
+}
+
+impl Entry {
+    /// The target that is the release manifest.
+    pub fn manifest_path(&self) -> String {
+        format!(
+            "{}/{}/{}.manifest.json",
+            self.channel, self.hardware, self.version
+        )
+    }
+}
+
+/// What the top-level targets say of the channel.
+pub(super) fn delegation<'a>(
+    targets: &'a Targets,
+    name: &RoleName,
+) -> Result<(&'a Delegation, &'a BTreeMap<String, Key>), Refusal> {
+    let missing = || Refusal::NoSuchChannel {
+        channel: name.to_string(),
+    };
+    let delegations = targets.delegations.as_ref().ok_or_else(missing)?;
+    // The first of two with one name, as the search of 5.6.7 visits a role once.
+    let delegation = delegations
+        .roles
+        .iter()
+        .find(|role| role.name == name.as_str())
+        .ok_or_else(missing)?;
+    Ok((delegation, &delegations.keys))
+}
+
+/// A path pattern of TUF: `*` is any run of characters but `/`, `?` is one of them.
+pub(super) fn matches(pattern: &str, path: &str) -> bool {
+    let (patterns, segments) = (pattern.split('/'), path.split('/'));
+    patterns.clone().count() == segments.clone().count()
+        && patterns
+            .zip(segments)
+            .all(|(pattern, segment)| matches_segment(pattern.as_bytes(), segment.as_bytes()))
+}
+
+/// Linear in memory and quadratic in time: on a mismatch only the last `*` is tried again.
+fn matches_segment(pattern: &[u8], segment: &[u8]) -> bool {
+    let (mut at, mut from, mut star) = (0, 0, None);
+    while from < segment.len() {
+        match pattern.get(at) {
+            Some(b'*') => {
+                star = Some((at, from));
+                at += 1;
+            }
+            Some(&byte) if byte == b'?' || byte == segment[from] => {
+                at += 1;
+                from += 1;
+            }
+            _ => {
+                let Some((star_at, star_from)) = star else {
+                    return false;
+                };
+                star = Some((star_at, star_from + 1));
+                at = star_at + 1;
+                from = star_from + 1;
+            }
+        }
+    }
+    pattern[at..].iter().all(|&byte| byte == b'*')
+}
