@@ -530,6 +530,96 @@ fn a_release_that_cannot_be_installed_is_given_up_and_the_device_left_as_it_was(
 }
 
 #[test]
+fn a_release_that_is_stored_and_cannot_be_deployed_is_given_up_with_the_counter_disarmed() {
+    let mut world = start(2);
+    world.install_fails = true;
+    world.progress = Progress::Stored;
+    for (world, booted, why) in explore(world, &[Boots::Confirmed]) {
+        assert_eq!(
+            (booted, why, world.record.phase),
+            (commit(1), Why::Rejected, Phase::Idle)
+        );
+        assert_eq!(
+            world.record.rejections[&commit(2)].reason,
+            Reason::NotInstalled
+        );
+        assert_eq!((world.deployed[0], world.armed()), (commit(1), false));
+    }
+}
+
+/// Rows that no cut leads to in the model, because something outside has to have meddled.
+#[test]
+fn rows_for_what_only_others_can_leave_behind() {
+    let (from, target) = (commit(1), commit(2));
+    let mut world = start(0);
+    let counter = |bootcount| Counter {
+        upgrade_available: true,
+        bootcount,
+        bootlimit: LIMIT,
+        rollback: false,
+    };
+    let armed = |bootcount| Environment::Valid {
+        counter: counter(bootcount),
+        damaged: false,
+    };
+    let facts = |world: &World| world.facts(world.running.unwrap());
+
+    world.record.phase = Phase::Staging {
+        from,
+        target,
+        attempts: 0,
+    };
+    world.environment = armed(0);
+    assert_eq!(decide(&world.record, &facts(&world)), Step::Settle);
+    world.deployed = vec![target, from];
+    assert_eq!(
+        decide(&world.record, &facts(&world)),
+        Step::Undeploy { commit: target }
+    );
+
+    // On the bootloader's word alone, the record follows: an armed trial is never recorded as confirmed.
+    world.record.phase = Phase::Trial {
+        from,
+        target,
+        attempts: 1,
+    };
+    world.running = Some(Running {
+        booted: target,
+        mark: Mark::Trial { tries: 1 },
+        settled: true,
+    });
+    world.environment = armed(1);
+    assert_eq!(
+        decide(&world.record, &facts(&world)),
+        Step::Wait(Why::AwaitingConfirmation)
+    );
+    world.environment = disarmed();
+    assert_eq!(
+        decide(&world.record, &facts(&world)),
+        Step::Confirmed { target }
+    );
+
+    // An operator's own deployment is not taken away, and a hold holds.
+    world = start(0);
+    world.deployed = vec![commit(7), from];
+    assert_eq!(
+        decide(&world.record, &facts(&world)),
+        Step::Wait(Why::AnotherDefault)
+    );
+    world = start(0);
+    world.record.hold = Some(crate::record::Hold {
+        reason: "demo".to_owned(),
+    });
+    assert_eq!(decide(&world.record, &facts(&world)), Step::Wait(Why::Held));
+    world.record.phase = Phase::Staging {
+        from,
+        target,
+        attempts: 0,
+    };
+    assert_eq!(decide(&world.record, &facts(&world)), Step::Abandon);
+}
+
+#[test]
 fn a_bootloader_that_cannot_save_its_counter_never_boots_the_target() {
     let mut world = start(1);
     world.grub_saves = false;
@@ -564,10 +654,22 @@ fn a_lost_environment_at_any_moment_of_a_trial_leaves_a_proved_deployment() {
     let mut worlds = reachable(start(0), &[Boots::Confirmed, Boots::Dies]);
     worlds.retain(|world| matches!(world.record.phase, Phase::Trial { .. }));
     assert!(worlds.len() > 5);
-    for mut world in worlds {
+    for (mut world, off) in worlds
+        .into_iter()
+        .flat_map(|world| [(world.clone(), true), (world, false)])
+    {
         world.environment = Environment::Corrupt;
-        world.running = None;
-        for (world, booted, _) in explore(world, &[Boots::Confirmed, Boots::Dies]) {
+        if off {
+            world.running = None;
+        }
+        for (world, booted, why) in explore(world, &[Boots::Confirmed, Boots::Dies]) {
+            // A trial that runs when its environment is lost cannot be confirmed. Confirmation fails, and its unit reboots.
+            let unconfirmed =
+                world.environment == Environment::Corrupt && why == Why::AwaitingConfirmation;
+            if unconfirmed {
+                assert_eq!(booted, commit(2));
+                continue;
+            }
             assert_eq!(
                 (world.record.phase, world.deployed[0], world.armed()),
                 (Phase::Idle, booted, false)
@@ -579,9 +681,15 @@ fn a_lost_environment_at_any_moment_of_a_trial_leaves_a_proved_deployment() {
 
 #[test]
 fn a_lost_record_at_any_moment_leaves_a_proved_deployment() {
-    for mut world in reachable(start(0), &[Boots::Confirmed, Boots::Unhealthy, Boots::Dies]) {
+    let worlds = reachable(start(0), &[Boots::Confirmed, Boots::Unhealthy, Boots::Dies]);
+    for (mut world, off) in worlds
+        .into_iter()
+        .flat_map(|world| [(world.clone(), true), (world, false)])
+    {
         world.record = Record::default();
-        world.running = None;
+        if off {
+            world.running = None;
+        }
         for (world, booted, _) in explore(world, &[Boots::Confirmed, Boots::Unhealthy, Boots::Dies])
         {
             assert_eq!(
