@@ -1,8 +1,11 @@
+use std::path::Path;
+
 use super::*;
+use crate::commit::Commit;
 use crate::trust::fixture::{self, ROOT_KEYS, Repository, at, commit, hardware, now, version};
 use crate::trust::refresh::{Refresh, Reply, Want};
 
-fn open(directory: &std::path::Path) -> Store {
+fn open(directory: &Path) -> Store {
     Store::open(directory, Repository::new().file("1.root.json")).unwrap()
 }
 
@@ -36,14 +39,20 @@ fn refresh(repository: &Repository, store: &mut Store) -> Result<(), Refusal> {
     Ok(())
 }
 
+fn copy(from: &Path) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), directory.path().join(entry.file_name())).unwrap();
+    }
+    directory
+}
+
 fn accepted(store: &Store) -> Option<Commit> {
     let release = store
         .accepted(&fixture::channel("stable"), &hardware())
         .unwrap();
     release.map(|release| release.manifest.commit)
 }
-
-use crate::commit::Commit;
 
 fn set_aside(store: &Store) -> Vec<&str> {
     store
@@ -69,7 +78,19 @@ fn what_was_accepted_before_a_restart_is_accepted_after_it() {
     );
 }
 
-/// Each file in turn cut off, emptied, of another world, unreadable: the floors stand, the file is set aside, the next refresh heals.
+const SPOILS: [fn(&[u8]) -> Vec<u8>; 4] = [
+    |bytes| bytes[..bytes.len() / 2].to_vec(),
+    |_| Vec::new(),
+    |bytes| {
+        bytes
+            .iter()
+            .map(|byte| if byte.is_ascii_digit() { b'7' } else { *byte })
+            .collect()
+    },
+    |_| vec![b' '; 5 << 20],
+];
+
+/// Each file in turn cut off, emptied, changed, and far too long: the floors stand, the file is set aside, the next refresh heals.
 #[test]
 fn no_single_corrupt_file_lowers_a_floor() {
     let mut repository = Repository::new();
@@ -78,7 +99,8 @@ fn no_single_corrupt_file_lowers_a_floor() {
     repository.publish_root(&ROOT_KEYS);
     repository.release("stable", "2.0", 2);
     repository.publish();
-    let floors = open(filled(&repository).path()).floors().clone();
+    let filled = filled(&repository);
+    let floors = open(filled.path()).floors().clone();
     for file in [
         "root.json",
         "timestamp.json",
@@ -88,17 +110,8 @@ fn no_single_corrupt_file_lowers_a_floor() {
         "floors",
         "manifest",
     ] {
-        let cut = |bytes: &[u8]| bytes[..bytes.len() / 2].to_vec();
-        let swap = |bytes: &[u8]| {
-            bytes
-                .iter()
-                .map(|byte| if byte.is_ascii_digit() { b'7' } else { *byte })
-                .collect()
-        };
-        let spoils: [&dyn Fn(&[u8]) -> Vec<u8>; 4] =
-            [&cut, &|_| Vec::new(), &swap, &|_| vec![b' '; 5 << 20]];
-        for (index, spoil) in spoils.into_iter().enumerate() {
-            let directory = filled(&repository);
+        for (index, spoil) in SPOILS.into_iter().enumerate() {
+            let directory = copy(filled.path());
             let path = directory.path().join(file);
             let good = fs::read(&path).unwrap();
             let bad = spoil(&good);
