@@ -210,6 +210,45 @@ fn a_frozen_server_is_noticed_when_the_timestamp_expires() {
 }
 
 #[test]
+fn what_expired_on_the_device_and_is_still_announced_is_not_fetched_again() {
+    let mut repository = Repository::new();
+    repository.timestamp.expires = at("2029-01-01T00:00:00Z");
+    repository.publish_timestamp();
+    for (role, expires) in [
+        ("snapshot", "2026-03-01T00:00:00Z"),
+        ("targets", "2027-01-01T00:00:00Z"),
+        ("stable", "2026-04-01T00:00:00Z"),
+    ] {
+        let mut repository = repository.clone();
+        for other in [
+            &mut repository.snapshot.expires,
+            &mut repository.targets.expires,
+        ] {
+            *other = at("2029-01-01T00:00:00Z");
+        }
+        for (channel, _) in repository.channels.values_mut() {
+            channel.expires = at("2029-01-01T00:00:00Z");
+        }
+        match role {
+            "snapshot" => repository.snapshot.expires = at(expires),
+            "targets" => repository.targets.expires = at(expires),
+            _ => repository.channels.get_mut("stable").unwrap().0.expires = at(expires),
+        }
+        repository.publish();
+        let mut device = Device::new(&repository);
+        device.refresh(&repository).unwrap();
+        device.now = at(expires);
+        let expired = Refusal::Expired {
+            role: role.into(),
+            expires: device.now,
+            now: device.now,
+        };
+        assert_eq!(device.refresh(&repository), Err(expired));
+        assert_eq!(device.requested(), ["timestamp.json"]);
+    }
+}
+
+#[test]
 fn only_what_is_announced_anew_is_fetched() {
     let mut repository = Repository::new();
     let mut device = Device::new(&repository);
@@ -559,6 +598,28 @@ fn a_rotated_online_key_recovers_from_a_fast_forward() {
             })
         );
     }
+}
+
+#[test]
+fn a_key_that_was_taken_away_and_given_back_has_lost_its_floors() {
+    let mut repository = Repository::new();
+    let mut device = Device::new(&repository);
+    repository.timestamp.version = version(9);
+    repository.publish_timestamp();
+    device.refresh(&repository).unwrap();
+    repository.root.keys.extend(fixture::keys(&[11]));
+    for (number, key) in [(2, 11), (3, TIMESTAMP_KEY)] {
+        repository.root.version = version(number);
+        repository
+            .root
+            .roles
+            .insert("timestamp".into(), fixture::signers(&[key], 1));
+        repository.publish_root(&ROOT_KEYS);
+    }
+    repository.timestamp.version = version(4);
+    repository.publish_timestamp();
+    assert_eq!(release(device.refresh(&repository)), Ok(Some("1.0".into())));
+    assert_eq!(device.store.floors().timestamp, 4);
 }
 
 #[test]

@@ -78,7 +78,9 @@ fn what_was_accepted_before_a_restart_is_accepted_after_it() {
     );
 }
 
-const SPOILS: [fn(&[u8]) -> Vec<u8>; 4] = [
+type Spoil = fn(&[u8]) -> Vec<u8>;
+
+const SPOILS: [Spoil; 4] = [
     |bytes| bytes[..bytes.len() / 2].to_vec(),
     |_| Vec::new(),
     |bytes| {
@@ -203,6 +205,35 @@ fn the_newer_of_the_images_root_and_the_stored_one_counts() {
         );
     }
     assert!(Store::open(directory.path(), b"{}").is_err());
+}
+
+#[test]
+fn a_root_that_takes_an_online_key_away_takes_its_floors_too() {
+    let mut repository = Repository::new();
+    let filled = filled(&repository);
+    repository.root.version = version(2);
+    repository.root.keys.extend(fixture::keys(&[11]));
+    repository
+        .root
+        .roles
+        .insert("timestamp".into(), fixture::signers(&[11], 1));
+    repository.publish_root(&ROOT_KEYS);
+    let root = repository.file("2.root.json");
+    let fallen = Floors {
+        root: 2,
+        ..Floors::default()
+    };
+
+    let directory = copy(filled.path());
+    let mut store = open(directory.path());
+    store.persist_root(root).unwrap();
+    assert_eq!((store.floors(), accepted(&store)), (&fallen, None));
+    fs::remove_file(directory.path().join("root.json")).unwrap();
+    assert_eq!(open(directory.path()).floors().root, 2);
+
+    // The same root in a newer image.
+    let store = Store::open(filled.path(), root).unwrap();
+    assert_eq!((store.floors(), accepted(&store)), (&fallen, None));
 }
 
 #[test]

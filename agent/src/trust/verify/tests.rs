@@ -299,6 +299,16 @@ fn keys_and_signatures_that_cannot_be_checked_do_not_count_and_do_not_harm() {
     };
     assert_eq!(signed(&good, &first_two), Err(below("root", 1, 2)));
 
+    // Only the first signature of a key id is tried.
+    let spoiled_first = |signatures: &mut Vec<Signature>| {
+        let spoiled = signatures.iter().take(2).map(|signature| Signature {
+            sig: "00".repeat(64),
+            ..signature.clone()
+        });
+        *signatures = spoiled.chain(signatures.clone()).collect();
+    };
+    assert_eq!(signed(&good, &spoiled_first), Err(below("root", 1, 2)));
+
     // A kind that is not known, a scheme that is not known, and the weak key for which anybody can sign.
     let spoil: [fn(&mut Key); 3] = [
         |key| key.keytype = "rsa".into(),
