@@ -5,7 +5,6 @@
 CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
 
 help:
-	@echo 'make demo         an update and a rollback, on a real OS in QEMU, told as they happen'
 	@echo 'make test         all tests, the machines in QEMU included'
 	@echo 'make shell        a root shell on such a machine'
 	@echo 'make setup        install what the others need (Debian bookworm or trixie, as root; they call it)'
@@ -18,9 +17,6 @@ setup:
 binaries: setup
 	cargo build --locked --release --package offshoot --package bootloader-glue --package offshoot-fleet
 
-demo: binaries
-	cargo run --locked --quiet --package qemu-tests -- demo
-
 test: binaries
 	cargo test --locked --workspace
 
@@ -30,4 +26,4 @@ shell: binaries
 clean-cache:
 	rm -rf "$(CACHE)"
 
-.PHONY: help setup binaries demo test shell clean-cache
+.PHONY: help setup binaries test shell clean-cache

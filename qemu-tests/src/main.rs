@@ -27,6 +27,6 @@ fn main() -> Result<()> {
             // A day is longer than anybody types.
             Vm::boot_with(&image.disk, options)?.wait_for_power_off(Duration::from_secs(86_400))
         }
-        _ => bail!("usage: qemu-tests image|shell|demo"),
+        _ => bail!("usage: qemu-tests image|shell"),
     }
 }
