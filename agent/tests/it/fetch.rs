@@ -602,6 +602,24 @@ async fn wrong_bytes_are_refused_at_once_and_leave_nothing_behind() {
 }
 
 #[tokio::test]
+async fn wrong_bytes_in_pieces_are_fetched_twice_and_no_more() {
+    let wrong = vec![7; LENGTH];
+    let (want, got) = (Sha256::of(&content()), Sha256::of(&wrong));
+    let mut bench = Bench::new(move |request| match request.header("range") {
+        None => Answer::file(request, &wrong)
+            .cut_at(600_000)
+            .then(Then::Cut),
+        // Past any sensible number, break the loop so that the test ends.
+        Some(_) if request.connection > 9 => Answer::new(500, ""),
+        Some(_) => Answer::file(request, &wrong).then(Then::Close),
+    })
+    .await;
+    assert_eq!(bench.part().await, Err(Fault::WrongDigest { want, got }));
+    let once = [(None, 600_000), (from(600_000), LENGTH as u64 - 600_000)];
+    assert_eq!(bench.ranges(), [once.clone(), once].concat());
+}
+
+#[tokio::test]
 async fn every_wrong_answer_for_a_part_has_its_own_error() {
     type Script = fn(&Request) -> Answer;
     let want = LENGTH as u64;
