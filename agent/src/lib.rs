@@ -4,7 +4,6 @@
 //! - [`decide`]: the whole state machine, one pure function from what is recorded and observed to the next step.
 //! - [`record`]: the little that cannot be observed, in two checksummed copies.
 //! - [`trust`]: TUF metadata to a [`trust::Verified`] release, without I/O.
-//! - [`delta`]: the OSTree static-delta superblock, parsed just far enough to know what it would produce.
 //! - [`fetch`]: bytes from the server to the spool, resumed and checked against signed digests.
 //! - [`deployment`]: what the deployer, the only program that links libostree, says to the others.
 //! - [`health`]: the checks that a trial boot must pass, and the confirmation after them.
@@ -16,7 +15,6 @@ pub mod commit;
 #[cfg(feature = "daemon")]
 pub mod config;
 pub mod decide;
-pub mod delta;
 pub mod deployment;
 #[cfg(feature = "daemon")]
 pub mod fetch;
