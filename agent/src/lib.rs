@@ -7,6 +7,7 @@
 //! - [`fetch`]: bytes from the server to the spool, resumed and checked against signed digests.
 //! - [`deployment`]: what the deployer, the only program that links libostree, says to the others.
 //! - [`health`]: the checks that a trial boot must pass, and the confirmation after them.
+//! - [`events`]: the journal's message ids.
 //! - [`config`]: the two files that configure all of it; [`cli`]: the words an operator types.
 
 #[cfg(feature = "daemon")]
@@ -16,6 +17,7 @@ pub mod commit;
 pub mod config;
 pub mod decide;
 pub mod deployment;
+pub mod events;
 #[cfg(feature = "daemon")]
 pub mod fetch;
 #[cfg(feature = "daemon")]
