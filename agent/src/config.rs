@@ -108,7 +108,12 @@ pub struct Paths {
     pub run: PathBuf,
     pub root_metadata: PathBuf,
     pub deployer: PathBuf,
+    /// What writes GRUB's configuration when libostree deploys.
+    pub bootloader_generator: PathBuf,
     pub boot: PathBuf,
+    /// The running system's root directory.
+    pub root: PathBuf,
+    /// Where libostree finds its deployments; it takes `/` for the running system.
     pub sysroot: PathBuf,
     pub kernel_command_line: PathBuf,
     pub health: Vec<PathBuf>,
@@ -155,7 +160,9 @@ impl Default for Paths {
             run: "/run/offshoot".into(),
             root_metadata: "/usr/lib/offshoot/root.json".into(),
             deployer: "/usr/libexec/offshoot-deployer".into(),
+            bootloader_generator: "/usr/lib/ostree/ostree-grub-generator".into(),
             boot: "/boot".into(),
+            root: "/".into(),
             sysroot: "/".into(),
             kernel_command_line: "/proc/cmdline".into(),
             health: vec![

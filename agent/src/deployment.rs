@@ -20,6 +20,8 @@ pub struct Deployments {
 pub struct Deployment {
     pub commit: Commit,
     pub version: Option<String>,
+    /// When the commit was made, in seconds since 1970.
+    pub timestamp: u64,
     pub os: String,
     pub pinned: bool,
     pub staged: bool,

@@ -79,9 +79,9 @@ pub enum Ending {
 }
 
 /// Runs the checks, reports, and on a trial that failed gives the word to the bootloader. The caller reboots.
-pub async fn run(config: &Config) -> Result<Ending> {
-    let booted = booted(&config.paths.sysroot)?;
-    let mark = mark(config)?;
+pub async fn run(config: &Config) -> Result<(Ending, Report)> {
+    let booted = booted(&config.paths.root)?;
+    let mark = mark(&config.paths.kernel_command_line)?;
     let each = Duration::from_secs(config.health.check_timeout);
     let report = Report::gather(
         booted,
@@ -97,7 +97,7 @@ pub async fn run(config: &Config) -> Result<Ending> {
         &serde_json::to_vec(&report)?,
     )?;
     if report.healthy {
-        return Ok(Ending::Healthy);
+        return Ok((Ending::Healthy, report));
     }
     let on_trial = match (mark, record::peek(&config.paths.state)?.phase) {
         (Mark::Trial { .. }, Phase::Trial { target, .. }) => {
@@ -108,7 +108,7 @@ pub async fn run(config: &Config) -> Result<Ending> {
         (Mark::Normal | Mark::Fallback(_), _) => false,
     };
     if !on_trial {
-        return Ok(Ending::Unhealthy);
+        return Ok((Ending::Unhealthy, report));
     }
     if let Some(commit) = booted {
         let verdict = Verdict {
@@ -124,7 +124,7 @@ pub async fn run(config: &Config) -> Result<Ending> {
         .bootloader()
         .exhaust()
         .context("exhausting the boot counter")?;
-    Ok(Ending::FallBack)
+    Ok((Ending::FallBack, report))
 }
 
 /// The trial is kept: one environment write. Not an error when nothing is on trial.
@@ -136,17 +136,17 @@ pub fn confirm(config: &Config) -> Result<bootloader_glue::Confirmed> {
 }
 
 /// What the bootloader told this boot.
-pub fn mark(config: &Config) -> Result<Mark> {
-    let path = &config.paths.kernel_command_line;
+pub fn mark(kernel_command_line: &Path) -> Result<Mark> {
+    let path = kernel_command_line;
     let line = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
     Mark::from_kernel_command_line(&line).with_context(|| format!("reading {}", path.display()))
 }
 
 /// The commit of the running deployment, found as libostree finds it: the deployment directory that *is* the root directory.
 /// `None` when the root is not a deployment.
-pub fn booted(sysroot: &Path) -> Result<Option<Commit>> {
-    let root = fs::metadata(sysroot).with_context(|| format!("reading {}", sysroot.display()))?;
-    let deployments = sysroot.join("sysroot/ostree/deploy");
+pub fn booted(root: &Path) -> Result<Option<Commit>> {
+    let deployments = root.join("sysroot/ostree/deploy");
+    let root = fs::metadata(root).with_context(|| format!("reading {}", root.display()))?;
     for os in list(&deployments)? {
         for deployment in list(&os.join("deploy"))? {
             let name = deployment

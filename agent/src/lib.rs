@@ -5,22 +5,34 @@
 //! - [`record`]: the little that cannot be observed, in two checksummed copies.
 //! - [`trust`]: TUF metadata to a [`trust::Verified`] release, without I/O.
 //! - [`fetch`]: bytes from the server to the spool, resumed and checked against signed digests.
+//! - [`delta`]: that a static delta is the one that was signed for, before libostree reads it.
 //! - [`deployment`]: what the deployer, the only program that links libostree, says to the others.
 //! - [`health`]: the checks that a trial boot must pass, and the confirmation after them.
 //! - [`events`]: the journal's message ids.
 //! - [`config`]: the two files that configure all of it; [`cli`]: the words an operator types.
 
 #[cfg(feature = "daemon")]
+pub mod api;
+#[cfg(feature = "daemon")]
 pub mod cli;
 pub mod commit;
 #[cfg(feature = "daemon")]
 pub mod config;
+#[cfg(feature = "daemon")]
+pub mod daemon;
 pub mod decide;
+pub mod delta;
 pub mod deployment;
+#[cfg(feature = "daemon")]
+pub mod device;
 pub mod events;
 #[cfg(feature = "daemon")]
 pub mod fetch;
 #[cfg(feature = "daemon")]
 pub mod health;
+#[cfg(feature = "daemon")]
+pub mod poll;
 pub mod record;
+#[cfg(feature = "daemon")]
+pub mod status;
 pub mod trust;

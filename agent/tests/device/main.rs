@@ -47,7 +47,7 @@ impl Device {
         let config = format!(
             "[server]\nurl = 'https://a/'\n[device]\nhardware = 'x'\nchannel = 'stable'\n\
              [install]\nreboot_command = ['touch', '{}']\n[bootloader]\nenvironment = '{}'\n\
-             [paths]\nstate = '{}'\nrun = '{}'\nsysroot = '{}'\nkernel_command_line = '{}'\nhealth = ['{}']\n",
+             [paths]\nstate = '{}'\nrun = '{}'\nroot = '{}'\nkernel_command_line = '{}'\nhealth = ['{}']\n",
             at("rebooted"),
             at("efi"),
             at("state"),

@@ -109,6 +109,7 @@ impl Sysroot {
             Ok(Deployment {
                 commit,
                 version,
+                timestamp: ostree::commit_get_timestamp(&object),
                 os,
                 pinned: deployment.is_pinned(),
                 staged: deployment.is_staged(),

@@ -1,0 +1,706 @@
+//! The daemon: `observe → decide → perform → record`, between polls, at an operator's word, until it is told to stop.
+//!
+//! One task does all of it, so that there is one order of events; the API's connections and the watchdog are other tasks on the same
+//! thread, and speak to it through a channel each way. A download is given up for a command and goes on after it, because what is in the
+//! spool stays; a run of the deployer is waited for. Everything that must survive is on disk before the next step, so the daemon may be
+//! killed at any moment.
+//!
+//! Does not know how a step is done ([`crate::device`]) or why it is the next one ([`crate::decide`]).
+
+use std::future::Future;
+use std::pin::pin;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp as Time;
+use rustix::rand::{GetRandomFlags, getrandom};
+use sd_notify::NotifyState;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::commit::Commit;
+use crate::config::{self, Config};
+use crate::decide::{Step, Why, decide};
+use crate::device::{self, Device, Observed};
+use crate::events;
+use crate::fetch::{Backoff, Server, ServerConfig, poll_delay};
+use crate::poll::{PollError, Poller};
+use crate::record::{Hold, Reason, Rejection};
+use crate::status::{self, Status};
+use crate::trust::schema::{HardwareId, RoleName, time};
+use crate::trust::store::Store;
+use crate::trust::{Release, Verified};
+
+/// How often the boot environment is looked at while a trial waits for its confirmation.
+const CONFIRMATION_LOOK: Duration = Duration::from_secs(2);
+
+/// How long a reboot may take before it is asked for again.
+const REBOOT_LIMIT: Duration = Duration::from_secs(600);
+
+/// The first poll after a start comes within this, or within the interval if that is shorter: after a power cut a whole site starts at once.
+const FIRST_POLL: Duration = Duration::from_secs(60);
+
+/// Progress is told no more often than this.
+const PROGRESS_PAUSE: Duration = Duration::from_millis(250);
+
+/// What an operator may say. Each is answered when it is done.
+#[derive(Debug)]
+pub enum Command {
+    /// Ask the server now.
+    Check(oneshot::Sender<Status>),
+    /// Ask the server now, and install what it offers without waiting for further consent.
+    Update(oneshot::Sender<Result<Status, Status>>),
+    /// Follow this channel, or again the configured one.
+    Channel(Option<RoleName>, oneshot::Sender<Result<Status>>),
+    /// Install nothing, or again something.
+    Hold(Option<Hold>, oneshot::Sender<Result<Status>>),
+    /// Try this release again.
+    Retry(Commit, oneshot::Sender<Result<Option<Status>>>),
+}
+
+/// The daemon's end of the channels to the API.
+pub struct Ends {
+    pub commands: mpsc::Receiver<Command>,
+    pub status: watch::Sender<Option<Status>>,
+}
+
+struct Daemon {
+    config: Config,
+    device: Device,
+    observed: Observed,
+    trust: Store,
+    poller: Poller,
+    server: Server,
+    server_floor: Time,
+    offer: Option<Verified<Release>>,
+    /// The release that an operator has told to install.
+    allowed: Option<Commit>,
+    poll_due: Due,
+    poll_backoff: Backoff,
+    last_poll: Option<status::Poll>,
+    failure: Option<Failed>,
+    step_backoff: Backoff,
+    /// What the device waits for, as it was told last.
+    told: Option<Why>,
+    status: watch::Sender<Option<Status>>,
+}
+
+/// What did not work, until something does.
+struct Failed {
+    /// `None`: the device could not be observed.
+    step: Option<Step>,
+    message: String,
+    times: u32,
+    due: Due,
+}
+
+/// When something is to be done, and what the device's clock says then.
+#[derive(Clone)]
+struct Due {
+    when: Instant,
+    at: String,
+}
+
+impl Due {
+    fn after(delay: Duration, now: Time) -> Self {
+        Self {
+            when: Instant::now() + delay,
+            at: time::write(now + delay),
+        }
+    }
+
+    fn is_past(&self) -> bool {
+        self.when <= Instant::now()
+    }
+}
+
+/// Runs until `stop`.
+pub async fn run(config: Config, ends: Ends, stop: impl Future<Output = ()>) -> Result<()> {
+    let mut stop = pin!(stop);
+    let Ends {
+        mut commands,
+        status,
+    } = ends;
+    let mut daemon = Daemon::new(config, status).await?;
+    let booted = daemon.observed.facts.booted;
+    tracing::info!(MESSAGE_ID = events::STARTED, COMMIT = %booted, "running {}", status::short(booted));
+    let _watchdog = watchdog();
+    notify(&[NotifyState::Ready]);
+    loop {
+        let step = daemon.look().await;
+        daemon.tell(step.as_ref());
+        let due = step.as_ref().filter(|step| daemon.is_due(step));
+        let command = tokio::select! {
+            biased;
+            () = &mut stop => break,
+            command = commands.recv() => command,
+            () = tokio::time::sleep_until(daemon.wake(step.as_ref())) => None,
+        };
+        let command = match (command, due) {
+            (Some(command), _) => Some(command),
+            (None, Some(step)) => tokio::select! {
+                biased;
+                () = &mut stop => break,
+                // A download stays in the spool; nothing else is interrupted.
+                command = commands.recv(), if matches!(step, Step::Fetch { .. }) => command,
+                () = daemon.perform(step) => None,
+            },
+            (None, None) if daemon.poll_due.is_past() => tokio::select! {
+                biased;
+                () = &mut stop => break,
+                () = daemon.poll() => None,
+            },
+            (None, None) => None,
+        };
+        if let Some(command) = command {
+            daemon.obey(command).await;
+        } else if due == Some(&Step::Reboot) && daemon.failure.is_none() {
+            tokio::select! {
+                () = &mut stop => break,
+                () = tokio::time::sleep(REBOOT_LIMIT) => {}
+            }
+        }
+    }
+    notify(&[NotifyState::Stopping]);
+    Ok(())
+}
+
+impl Daemon {
+    async fn new(config: Config, status: watch::Sender<Option<Status>>) -> Result<Self> {
+        let (device, damage) = Device::open(&config)?;
+        for path in device::damaged(&damage, &config.paths.state) {
+            tracing::error!(MESSAGE_ID = events::DAMAGED, FILE = %path.display(), "the record was corrupt: set aside as {}", path.display());
+        }
+        let root = &config.paths.root_metadata;
+        let shipped = std::fs::read(root).with_context(|| {
+            format!(
+                "reading {}: the image ships the trusted root there",
+                root.display()
+            )
+        })?;
+        let trust = Store::open(config.paths.state.join("tuf"), &shipped)?;
+        for aside in trust.set_aside() {
+            tracing::error!(
+                MESSAGE_ID = events::DAMAGED,
+                FILE = aside.file,
+                "{} was corrupt and is set aside: {}",
+                aside.file,
+                aside.why
+            );
+        }
+        let channel = device.record().channel.as_ref();
+        let channel: RoleName = channel
+            .unwrap_or(&config.device.channel)
+            .parse()
+            .context("the channel")?;
+        let hardware: HardwareId = config
+            .device
+            .hardware
+            .parse()
+            .context("device.hardware in the configuration")?;
+        let offer = trust
+            .accepted(&channel, &hardware)
+            .context("reading the metadata that was accepted before")?;
+        let observed = device.observe(offer.as_ref(), |_| false).await?;
+        let interval = config.poll_interval();
+        let first = FIRST_POLL
+            .min(interval)
+            .mul_f64(random() as f64 / u64::MAX as f64);
+        let floor = trust.now(Time::now(), Time::UNIX_EPOCH);
+        Ok(Self {
+            server: server(&config, floor)?,
+            server_floor: floor,
+            poller: Poller::new(channel, hardware),
+            poll_due: Due::after(first, trust.now(Time::now(), Time::UNIX_EPOCH)),
+            poll_backoff: Backoff::new(Duration::from_secs(5).min(interval), interval),
+            step_backoff: Backoff::new(Duration::from_secs(2), Duration::from_secs(3600)),
+            config,
+            device,
+            observed,
+            trust,
+            offer,
+            allowed: None,
+            last_poll: None,
+            failure: None,
+            told: None,
+            status,
+        })
+    }
+
+    /// Observes the device and decides. `None`: it cannot be observed, so nothing is done to it.
+    async fn look(&mut self) -> Option<Step> {
+        let (offer, allowed) = (self.offer.as_ref(), self.allowed);
+        let always = self.config.install.reboot == config::Reboot::Now;
+        let consent = |target| always || allowed == Some(target);
+        match self.device.observe(offer, consent).await {
+            Ok(observed) => {
+                self.observed = observed;
+                if self
+                    .failure
+                    .as_ref()
+                    .is_some_and(|failed| failed.step.is_none())
+                {
+                    self.failure = None;
+                }
+                Some(decide(self.device.record(), &self.observed.facts))
+            }
+            Err(error) => {
+                self.failed(None, &format!("{error:#}"));
+                None
+            }
+        }
+    }
+
+    /// There is something to do, and it did not fail a moment ago.
+    fn is_due(&self, step: &Step) -> bool {
+        let failing = self
+            .failure
+            .as_ref()
+            .is_some_and(|failed| failed.step.as_ref() == Some(step) && !failed.due.is_past());
+        !matches!(step, Step::Wait(_)) && !failing
+    }
+
+    /// When to look again without anybody's word.
+    fn wake(&self, step: Option<&Step>) -> Instant {
+        let poll = self.poll_due.when;
+        match step {
+            Some(Step::Wait(Why::AwaitingConfirmation)) => {
+                poll.min(Instant::now() + CONFIRMATION_LOOK)
+            }
+            Some(Step::Wait(_)) => poll,
+            Some(step) if self.is_due(step) => Instant::now(),
+            Some(_) | None => match &self.failure {
+                Some(failed) => poll.min(failed.due.when),
+                None => poll,
+            },
+        }
+    }
+
+    async fn obey(&mut self, command: Command) {
+        // Whoever asked may have gone; what was asked for is done all the same.
+        match command {
+            Command::Check(reply) => {
+                self.poll().await;
+                let _ = reply.send(self.answer().await);
+            }
+            Command::Update(reply) => {
+                self.poll().await;
+                self.allowed = self.offer.as_ref().map(|offer| offer.entry.commit);
+                self.failure = None;
+                let status = self.answer().await;
+                let _ = reply.send(if status.why.is_none() {
+                    Ok(status)
+                } else {
+                    Err(status)
+                });
+            }
+            Command::Channel(channel, reply) => {
+                let result = self.follow(channel).await;
+                let _ = reply.send(result);
+            }
+            Command::Hold(hold, reply) => {
+                let result = self.device.change(|record| record.hold = hold);
+                let status = self.answer().await;
+                let _ = reply.send(result.map(|()| status));
+            }
+            Command::Retry(commit, reply) => {
+                let known = self.device.record().rejections.contains_key(&commit);
+                let result = self.device.change(|record| {
+                    record.rejections.remove(&commit);
+                });
+                let status = self.answer().await;
+                let _ = reply.send(result.map(|()| known.then_some(status)));
+            }
+        }
+    }
+
+    /// The status after a command.
+    async fn answer(&mut self) -> Status {
+        let step = self.look().await;
+        self.tell(step.as_ref())
+    }
+
+    async fn follow(&mut self, channel: Option<RoleName>) -> Result<Status> {
+        let name = match &channel {
+            Some(channel) => channel.clone(),
+            None => self
+                .config
+                .device
+                .channel
+                .parse()
+                .context("device.channel in the configuration")?,
+        };
+        self.device
+            .change(|record| record.channel = channel.map(String::from))?;
+        if name != self.poller.channel {
+            self.poller = Poller::new(name, self.poller.hardware.clone());
+            self.offer = None;
+            self.poll().await;
+        }
+        Ok(self.answer().await)
+    }
+
+    async fn poll(&mut self) {
+        let now = Time::now();
+        if let Err(error) = self.lift_server_floor(now) {
+            tracing::error!("{error:#}");
+        }
+        let built = self.built();
+        let outcome = self
+            .poller
+            .poll(&mut self.server, &mut self.trust, now, built)
+            .await;
+        let at = time::write(self.now());
+        let delay = match outcome {
+            Ok(outcome) => {
+                let offer = outcome
+                    .release
+                    .as_ref()
+                    .map(|release| release.entry.commit.to_string())
+                    .unwrap_or_default();
+                tracing::info!(
+                    MESSAGE_ID = events::POLLED,
+                    OFFER = offer,
+                    unchanged = outcome.unchanged,
+                    "the server answered"
+                );
+                let former = self.offer.as_ref().map(|offer| offer.entry.commit);
+                self.offer = outcome.release;
+                if self.offer.as_ref().map(|offer| offer.entry.commit) != former {
+                    // Another release may do better.
+                    self.failure = None;
+                }
+                self.poll_backoff.worked();
+                self.last_poll = Some(status::Poll { at, error: None });
+                poll_delay(self.config.poll_interval(), random())
+            }
+            Err(error) => {
+                let (kind, retry_after) = match &error {
+                    PollError::Fetch(error) => {
+                        (status::PollFailureKind::Fetch, error.retry_after())
+                    }
+                    PollError::Refused(_) => (status::PollFailureKind::Refused, None),
+                    PollError::Device(_) => (status::PollFailureKind::Device, None),
+                };
+                let delay = self.poll_backoff.failed(random(), retry_after);
+                let message = error.to_string();
+                tracing::warn!(
+                    MESSAGE_ID = events::POLL_FAILED,
+                    RETRY_SECONDS = delay.as_secs(),
+                    "the poll failed: {message}"
+                );
+                self.last_poll = Some(status::Poll {
+                    at,
+                    error: Some(status::PollFailure { kind, message }),
+                });
+                delay
+            }
+        };
+        self.poll_due = Due::after(delay, self.now());
+    }
+
+    /// Certificates are judged by a time that is not before what is known.
+    fn lift_server_floor(&mut self, now: Time) -> Result<()> {
+        let floor = self.trust.now(now, self.built());
+        // Not for every second that passes: the connection is worth keeping.
+        if self.server_floor < floor && now < floor {
+            self.server = server(&self.config, floor)?;
+            self.server_floor = floor;
+        }
+        Ok(())
+    }
+
+    /// When the running image was made.
+    fn built(&self) -> Time {
+        let booted = self.observed.facts.booted;
+        let mut deployments = self.observed.deployments.deployments.iter();
+        let deployment = deployments.find(|deployment| deployment.commit == booted);
+        let seconds = deployment.map_or(0, |deployment| deployment.timestamp);
+        // A time that cannot be is a floor that does not bind.
+        i64::try_from(seconds)
+            .map(Time::from_second)
+            .map_or(Time::UNIX_EPOCH, |time| time.unwrap_or(Time::UNIX_EPOCH))
+    }
+
+    fn now(&self) -> Time {
+        self.trust.now(Time::now(), self.built())
+    }
+
+    async fn perform(&mut self, step: &Step) {
+        let now = self.now();
+        let template = self.status.borrow().clone();
+        let sender = self.status.clone();
+        let mut last = None::<Instant>;
+        let mut progress = |done: u64, total: u64| {
+            let due = last.is_none_or(|last| last.elapsed() >= PROGRESS_PAUSE) || done == total;
+            if let (true, Some(template)) = (due, &template) {
+                last = Some(Instant::now());
+                sender.send_modify(|status| {
+                    let revision = status.as_ref().map_or(0, |status| status.revision) + 1;
+                    *status = Some(Status {
+                        revision,
+                        progress: Some(status::Progress { done, total }),
+                        ..template.clone()
+                    });
+                });
+            }
+        };
+        if *step == Step::Reboot {
+            // Before it: nobody may hear it afterwards.
+            report(step);
+        }
+        let result = self
+            .device
+            .perform(
+                step,
+                self.offer.as_ref(),
+                &mut self.server,
+                now,
+                &mut progress,
+            )
+            .await;
+        match result {
+            Ok(()) => {
+                self.failure = None;
+                self.step_backoff.worked();
+                if *step != Step::Reboot {
+                    report(step);
+                }
+            }
+            Err(error) => self.failed(Some(step), &format!("{error:#}")),
+        }
+    }
+
+    fn failed(&mut self, step: Option<&Step>, message: &str) {
+        let delay = self.step_backoff.failed(random(), None);
+        let times = match &self.failure {
+            Some(failed) if failed.step.as_ref() == step => failed.times + 1,
+            Some(_) | None => 1,
+        };
+        let name = step.map_or("observe", status::name);
+        tracing::warn!(
+            MESSAGE_ID = events::STEP_FAILED,
+            STEP = name,
+            RETRY_SECONDS = delay.as_secs(),
+            "{name} failed: {message}"
+        );
+        self.failure = Some(Failed {
+            step: step.cloned(),
+            message: message.to_owned(),
+            times,
+            due: Due::after(delay, self.now()),
+        });
+    }
+
+    /// Publishes the status, and tells the journal and the service manager when it means something new.
+    fn tell(&mut self, step: Option<&Step>) -> Status {
+        let mut status = self.describe(step);
+        let summary = status.summary();
+        let mut is_news = false;
+        self.status.send_if_modified(|former| {
+            let revision = former.as_ref().map_or(0, |former| former.revision);
+            status.revision = revision;
+            if former.as_ref() == Some(&status) {
+                return false;
+            }
+            is_news = former
+                .as_ref()
+                .is_none_or(|former| former.summary() != summary);
+            status.revision = revision + 1;
+            *former = Some(status.clone());
+            true
+        });
+        if is_news {
+            notify(&[NotifyState::Status(&summary)]);
+        }
+        if status.why != self.told {
+            self.told = status.why;
+            if let Some(why) = status.why {
+                tracing::info!(MESSAGE_ID = events::WAITING, WHY = why.name(), "{why}");
+            }
+        }
+        status
+    }
+
+    fn describe(&self, step: Option<&Step>) -> Status {
+        let Observed {
+            facts,
+            deployments,
+            unprotected,
+        } = &self.observed;
+        let record = self.device.record();
+        let next = |what, due: &Due| {
+            let at = due.at.clone();
+            Some(status::Next { what, at })
+        };
+        let failure = self
+            .failure
+            .as_ref()
+            .filter(|failed| failed.step.as_ref() == step);
+        let why = match step {
+            Some(Step::Wait(why)) => Some(*why),
+            Some(_) | None => None,
+        };
+        let next = match (failure, why) {
+            (Some(failed), _) if failed.due.when < self.poll_due.when => {
+                next(status::NextIs::Retry, &failed.due)
+            }
+            (Some(_), _) | (None, Some(_)) => next(status::NextIs::Poll, &self.poll_due),
+            (None, None) => None,
+        };
+        let deployments: Vec<_> = deployments
+            .deployments
+            .iter()
+            .map(|deployment| status::Deployed {
+                commit: deployment.commit,
+                version: deployment.version.clone(),
+                booted: deployment.commit == facts.booted,
+                pinned: deployment.pinned,
+            })
+            .collect();
+        Status {
+            revision: 0,
+            agent: env!("CARGO_PKG_VERSION").to_owned(),
+            booted: status::Release {
+                commit: facts.booted,
+                version: deployments
+                    .iter()
+                    .find(|deployed| deployed.booted)
+                    .and_then(|deployed| deployed.version.clone()),
+            },
+            phase: record.phase,
+            step: step.map_or("observe", status::name).to_owned(),
+            why,
+            next,
+            channel: self.poller.channel.to_string(),
+            hardware: self.poller.hardware.to_string(),
+            offer: self.offer.as_ref().map(|offer| status::Release {
+                commit: offer.entry.commit,
+                version: Some(offer.entry.version.to_string()),
+            }),
+            progress: None,
+            rejections: record.rejections.iter().map(rejected).collect(),
+            hold: record.hold.clone(),
+            protected: unprotected.is_none(),
+            unprotected_because: unprotected.as_ref().map(ToString::to_string),
+            boot: facts.mark.into(),
+            environment: status::Variables::of(&facts.environment),
+            boot_environment: (&facts.environment).into(),
+            deployments,
+            last_poll: self.last_poll.clone(),
+            failure: failure.map(|failed| status::Failure {
+                step: failed
+                    .step
+                    .as_ref()
+                    .map_or("observe", status::name)
+                    .to_owned(),
+                message: failed.message.clone(),
+                times: failed.times,
+            }),
+        }
+    }
+}
+
+fn rejected((commit, rejection): (&Commit, &Rejection)) -> status::Rejected {
+    status::Rejected {
+        commit: *commit,
+        reason: rejection.reason.clone(),
+        // What is no time at all was written by no device of ours.
+        at: time::write(Time::from_second(rejection.at).unwrap_or(Time::UNIX_EPOCH)),
+    }
+}
+
+/// One entry in the journal for each step that was done.
+fn report(step: &Step) {
+    match step {
+        Step::Wait(_) => {}
+        Step::Stage { from, target } => {
+            tracing::info!(MESSAGE_ID = events::STAGED, FROM = %from, COMMIT = %target, "updating to {}", status::short(*target));
+        }
+        Step::Abandon => {
+            tracing::info!(
+                MESSAGE_ID = events::ABANDONED,
+                "the update is no longer wanted"
+            );
+        }
+        Step::Fetch { target, .. } => {
+            tracing::info!(MESSAGE_ID = events::FETCHED, COMMIT = %target, "fetched and checked");
+        }
+        Step::Apply { target, .. } => {
+            tracing::info!(MESSAGE_ID = events::APPLIED, COMMIT = %target, "stored in the repository");
+        }
+        Step::Prune { .. } => tracing::info!("removed the deployments that are not needed"),
+        Step::BeginTrial { target, .. } => {
+            tracing::info!(COMMIT = %target, "the trial of {} begins", status::short(*target));
+        }
+        Step::Arm => tracing::info!(MESSAGE_ID = events::ARMED, "the boot counter is armed"),
+        Step::Deploy { target } => {
+            tracing::info!(MESSAGE_ID = events::DEPLOYED, COMMIT = %target, "deployed beside the running system");
+        }
+        Step::Reboot => tracing::info!(MESSAGE_ID = events::REBOOTING, "rebooting into the trial"),
+        Step::Confirmed { target } => {
+            tracing::info!(MESSAGE_ID = events::CONFIRMED, COMMIT = %target, "{} proved healthy and is kept", status::short(*target));
+        }
+        Step::Reject { target, reason } => {
+            let checks = match reason {
+                Reason::Unhealthy { checks } => checks.join(" "),
+                _ => String::new(),
+            };
+            tracing::warn!(MESSAGE_ID = events::REJECTED, COMMIT = %target, REASON = status::kind(reason), CHECKS = checks,
+                "{} is rejected: {reason}", status::short(*target));
+        }
+        Step::Undeploy { commit } => {
+            tracing::info!(MESSAGE_ID = events::UNDEPLOYED, COMMIT = %commit, "removed {}", status::short(*commit));
+        }
+        Step::Settle => {
+            tracing::info!(MESSAGE_ID = events::SETTLED, "the boot counter is disarmed")
+        }
+    }
+}
+
+fn server(config: &Config, floor: Time) -> Result<Server> {
+    let settings = ServerConfig {
+        ca: config.server.ca.clone(),
+        stall: Duration::from_secs(config.server.stall),
+        insecure_http: config.server.insecure_http,
+        floor,
+        ..ServerConfig::new(&config.server.url)
+    };
+    Server::new(settings, concat!("offshoot/", env!("CARGO_PKG_VERSION")))
+}
+
+/// Uniform; without the kernel's random numbers the devices of a fleet are merely less spread.
+fn random() -> u64 {
+    let mut bytes = [0; 8];
+    match getrandom(&mut bytes, GetRandomFlags::empty()) {
+        Ok(8) => u64::from_ne_bytes(bytes),
+        Ok(_) | Err(_) => u64::MAX / 2,
+    }
+}
+
+/// Tells the service manager, if there is one.
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "the service manager was not told");
+    }
+}
+
+/// Shows the service manager that this thread is not stuck.
+fn watchdog() -> Option<AbortOnDrop> {
+    let pause = sd_notify::watchdog_enabled()? / 2;
+    Some(AbortOnDrop(tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(pause);
+        loop {
+            ticks.tick().await;
+            notify(&[NotifyState::Watchdog]);
+        }
+    })))
+}
+
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
