@@ -302,7 +302,7 @@ impl Cli<'_> {
                     last = summary;
                 }
             }
-            if status.step == "reboot" && status.failure.is_none() {
+            if status.step == "rebooting" {
                 return Ok(ExitCode::SUCCESS);
             }
             match status.why {

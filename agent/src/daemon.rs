@@ -80,6 +80,8 @@ struct Daemon {
     last_poll: Option<status::Poll>,
     failure: Option<Failed>,
     step_backoff: Backoff,
+    /// The reboot was asked for and is on its way.
+    rebooting: bool,
     /// What the device waits for, as it was told last.
     told: Option<Why>,
     status: watch::Sender<Option<Status>>,
@@ -155,6 +157,9 @@ pub async fn run(config: Config, ends: Ends, stop: impl Future<Output = ()>) -> 
         if let Some(command) = command {
             daemon.obey(command).await;
         } else if due == Some(&Step::Reboot) && daemon.failure.is_none() {
+            daemon.rebooting = true;
+            daemon.tell(step.as_ref());
+            daemon.rebooting = false;
             tokio::select! {
                 () = &mut stop => break,
                 () = tokio::time::sleep(REBOOT_LIMIT) => {}
@@ -222,6 +227,7 @@ impl Daemon {
             allowed: None,
             last_poll: None,
             failure: None,
+            rebooting: false,
             told: None,
             status,
         })
@@ -569,7 +575,11 @@ impl Daemon {
                     .and_then(|deployed| deployed.version.clone()),
             },
             phase: record.phase,
-            step: step.map_or("observe", status::name).to_owned(),
+            step: match step {
+                Some(_) if self.rebooting => "rebooting",
+                step => step.map_or("observe", status::name),
+            }
+            .to_owned(),
             why,
             next,
             channel: self.poller.channel.to_string(),

@@ -187,7 +187,7 @@ impl Device {
         offer: Option<&Verified<Release>>,
         server: &mut Server,
         now: jiff::Timestamp,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<(), StepError> {
         match step {
             Step::Wait(_) => {}
@@ -297,7 +297,7 @@ impl Device {
         target: Commit,
         offer: Option<&Verified<Release>>,
         server: &mut Server,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<(), StepError> {
         let delta = self.delta(from, target, offer).await?;
         let total = delta

@@ -20,7 +20,7 @@ pub struct Status {
     pub agent: String,
     pub booted: Release,
     pub phase: Phase,
-    /// What is being done, or `wait`.
+    /// What is being done, or `wait`, or `rebooting` when the reboot is on its way, or `observe` when the device cannot be looked at.
     pub step: String,
     /// Why nothing is being done; null while something is.
     pub why: Option<Why>,
@@ -317,6 +317,7 @@ impl Status {
         }
         match (&self.why, &self.offer) {
             (Some(why), _) => why.to_string(),
+            (None, _) if self.step == "rebooting" => "rebooting into the new system".to_owned(),
             (None, Some(offer)) => match self.progress {
                 Some(Progress { done, total }) => {
                     format!("fetching {offer}: {}", Share { done, total })

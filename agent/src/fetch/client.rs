@@ -131,7 +131,7 @@ impl Server {
         length: u64,
         sha256: &Sha256,
         slot: &Slot,
-        progress: &mut dyn FnMut(u64),
+        progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<(), FetchError> {
         let outcome = self.fill(path, length, sha256, slot, progress).await;
         self.blame(path, outcome)
@@ -201,7 +201,7 @@ impl Server {
         length: u64,
         sha256: &Sha256,
         slot: &Slot,
-        progress: &mut dyn FnMut(u64),
+        progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<(), Fault> {
         let wanted = (slot.clone(), *sha256);
         let found = blocking(move || {
@@ -271,7 +271,7 @@ impl Server {
         path: &str,
         length: u64,
         mut partial: Partial,
-        progress: &mut dyn FnMut(u64),
+        progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<Transfer, Fault> {
         let answer = loop {
             let from = partial.present();

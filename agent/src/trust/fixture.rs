@@ -203,7 +203,7 @@ impl Repository {
         repository
     }
 
-    /// Adds a release to a channel, for the next publication.
+    /// Adds a release to a channel, for the next publication: one whose commit object is its version.
     pub(crate) fn release(&mut self, channel: &str, version: &str, serial: u64) {
         let file = |name: &str| {
             let path = format!("deltas/empty-{}/{name}", commit(version));
@@ -213,17 +213,30 @@ impl Repository {
                 sha256: Sha256::of(name.as_bytes()),
             }
         };
+        let delta = Delta {
+            from: None,
+            usize: 9,
+            superblock: file("superblock"),
+            parts: vec![file("0")],
+        };
+        self.release_of(channel, version, serial, version.as_bytes(), vec![delta]);
+    }
+
+    /// Adds a release of this commit object, which these deltas lead to.
+    pub(crate) fn release_of(
+        &mut self,
+        channel: &str,
+        version: &str,
+        serial: u64,
+        object: &[u8],
+        deltas: Vec<Delta>,
+    ) {
         let manifest = Manifest {
             format: FORMAT,
-            commit: commit(version),
+            commit: Commit(Sha256::of(object)),
             version: version.parse().unwrap(),
             hardware: hardware(),
-            deltas: vec![Delta {
-                from: None,
-                usize: 9,
-                superblock: file("superblock"),
-                parts: vec![file("0")],
-            }],
+            deltas,
         };
         let bytes = manifest.to_bytes().unwrap();
         let digested = Digested {
@@ -241,9 +254,7 @@ impl Repository {
         let targets = &mut self.channels.get_mut(channel).unwrap().0.targets;
         targets.insert(
             format!("{folder}/{version}.commit"),
-            TargetFile::of(version.as_bytes())
-                .with_custom(&custom)
-                .unwrap(),
+            TargetFile::of(object).with_custom(&custom).unwrap(),
         );
         targets.insert(
             format!("{folder}/{version}.manifest.json"),

@@ -1,9 +1,27 @@
-//! Component tests: the agent's parts against real counterparts on this machine.
+//! Component tests of what runs on a device: real servers on loopback ports, real libostree on sysroots in temporary directories, real
+//! boot environments. Needs root, as libostree's deployments do.
 
-// clippy.toml permits it in tests, but does not see that helpers are part of them.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that fails here says where"
+)]
 // Nothing in a test binary is reachable from outside; `pub` says what a module offers the others.
 #![allow(unreachable_pub)]
 
+mod bench;
+mod cli;
+mod delta;
+mod deployer;
 mod fetch;
+mod health;
+mod machine;
 mod server;
+mod update;
+
+// The repository that the library's own tests sign. It speaks of the library's modules by these names.
+#[path = "../../src/trust/fixture.rs"]
+#[allow(dead_code)]
+mod fixture;
+use offshoot::commit;
+use offshoot::trust::schema;

@@ -191,7 +191,7 @@ impl Answer {
 
     /// What an honest server answers for a file with this content.
     pub fn file(request: &Request, content: &[u8]) -> Self {
-        let etag = format!("\"{:x}\"", content.len());
+        let etag = format!("\"{}\"", offshoot::commit::Sha256::of(content));
         if request.header("if-none-match") == Some(&etag) {
             return Self::new(304, "").header("etag", etag).unmeasured();
         }

@@ -1,11 +1,5 @@
 //! `offshoot health` and `offshoot confirm` as systemd runs them, on a device that is a directory.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test that fails here says where"
-)]
-
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Output};
@@ -127,29 +121,27 @@ impl Device {
     }
 }
 
-fn ended(output: &Output) -> (Option<i32>, String) {
-    (
-        output.status.code(),
-        String::from_utf8(output.stdout.clone()).unwrap(),
-    )
+fn ended(output: &Output, field: &str) -> (Option<i32>, serde_json::Value) {
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    (output.status.code(), answer[field].clone())
 }
 
 #[test]
 fn a_healthy_trial_is_confirmed_with_one_write() {
     let device = Device::on_trial("exit 0");
     assert_eq!(
-        ended(&device.offshoot("health")),
-        (Some(0), "{\"ending\":\"healthy\"}\n".to_owned())
+        ended(&device.offshoot("health"), "ending"),
+        (Some(0), "healthy".into())
     );
     assert!(device.counter().upgrade_available);
     assert_eq!(
-        ended(&device.offshoot("confirm")),
-        (Some(0), "{\"confirmed\":true}\n".to_owned())
+        ended(&device.offshoot("confirm"), "confirmed"),
+        (Some(0), true.into())
     );
     assert!(!device.counter().upgrade_available);
     assert_eq!(
-        ended(&device.offshoot("confirm")),
-        (Some(0), "{\"confirmed\":false}\n".to_owned())
+        ended(&device.offshoot("confirm"), "confirmed"),
+        (Some(0), false.into())
     );
     assert_eq!((device.rebooted(), device.verdict()), (false, None));
 }
@@ -158,8 +150,8 @@ fn a_healthy_trial_is_confirmed_with_one_write() {
 fn an_unhealthy_trial_leaves_its_verdict_exhausts_the_counter_and_reboots() {
     let device = Device::on_trial("exit 1");
     assert_eq!(
-        ended(&device.offshoot("health")),
-        (Some(3), "{\"ending\":\"unhealthy-trial\"}\n".to_owned())
+        ended(&device.offshoot("health"), "ending"),
+        (Some(3), "unhealthy-trial".into())
     );
     assert_eq!(
         device.verdict(),
@@ -190,8 +182,8 @@ fn nothing_but_the_trial_itself_reboots_for_its_health() {
             device.phase(Commit(Sha256::of(target)));
         }
         assert_eq!(
-            ended(&device.offshoot("health")),
-            (Some(3), "{\"ending\":\"unhealthy\"}\n".to_owned())
+            ended(&device.offshoot("health"), "ending"),
+            (Some(3), "unhealthy".into())
         );
         let counter = Counter {
             upgrade_available: true,

@@ -1,0 +1,605 @@
+//! The main job on a whole device in a directory: see [`crate::machine`].
+
+use std::fs;
+use std::time::Duration;
+
+use bootloader_glue::protocol::{Environment, Fallback, Mark};
+use jiff::Timestamp as Time;
+use offshoot::commit::{Commit, Sha256};
+use offshoot::daemon::{self, Command, Ends};
+use offshoot::decide::{Step, Verdict, Why, decide};
+use offshoot::device::Device;
+use offshoot::fetch::{Server, ServerConfig};
+use offshoot::poll::Poller;
+use offshoot::record::{Hold, Phase, Reason, Rejection};
+use offshoot::status::{PollFailureKind, Status};
+use offshoot::trust::schema::File;
+use offshoot::trust::store::Store;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::fixture::HARDWARE;
+use crate::machine::{Booted, Machine};
+use crate::server::Then;
+
+/// Longer than anything here takes on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The daemon of a machine, until it is dropped as a power cut drops it, or stopped.
+struct Daemon {
+    commands: mpsc::Sender<Command>,
+    status: watch::Receiver<Option<Status>>,
+    stop: oneshot::Sender<()>,
+    task: tokio::task::JoinHandle<anyhow::Result<()>>,
+}
+
+impl Daemon {
+    fn start(machine: &Machine) -> Self {
+        let (commands, receiver) = mpsc::channel(4);
+        let (sender, status) = watch::channel(None);
+        let (stop, stopped) = oneshot::channel();
+        let ends = Ends {
+            commands: receiver,
+            status: sender,
+        };
+        let task = tokio::spawn(daemon::run(machine.config(), ends, async {
+            let _ = stopped.await;
+        }));
+        Self {
+            commands,
+            status,
+            stop,
+            task,
+        }
+    }
+
+    async fn wait(&mut self, wanted: impl Fn(&Status) -> bool) -> Status {
+        let found = self
+            .status
+            .wait_for(|status| status.as_ref().is_some_and(&wanted));
+        let found = match tokio::time::timeout(PATIENCE, found).await {
+            Ok(Ok(status)) => Ok(status.clone().unwrap()),
+            Ok(Err(_)) => Err("it ended"),
+            Err(_) => Err("waited in vain"),
+        };
+        match found {
+            Ok(status) => status,
+            Err(_) if self.task.is_finished() => panic!("{:?}", (&mut self.task).await),
+            Err(why) => panic!("{why}: {:#?}", self.status.borrow()),
+        }
+    }
+
+    async fn waits(&mut self, why: Why) -> Status {
+        self.wait(|status| status.why == Some(why) && status.last_poll.is_some())
+            .await
+    }
+
+    async fn command<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> T {
+        let (sender, receiver) = oneshot::channel();
+        self.commands.send(command(sender)).await.unwrap();
+        tokio::time::timeout(PATIENCE, receiver)
+            .await
+            .unwrap()
+            .unwrap()
+    }
+
+    async fn stop(self) {
+        self.stop.send(()).unwrap();
+        self.task.await.unwrap().unwrap();
+    }
+
+    /// Until the machine is asked to reboot; it then loses power.
+    async fn until_reboot(mut self, machine: &Machine) -> Booted {
+        self.wait(|status| status.step == "rebooting").await;
+        assert!(machine.rebooted());
+        self.cut();
+        machine.power_on()
+    }
+
+    fn cut(self) {
+        self.task.abort();
+    }
+}
+
+fn rejected(machine: &Machine, commit: Commit) -> Option<Reason> {
+    machine
+        .record()
+        .rejections
+        .get(&commit)
+        .map(|rejection: &Rejection| rejection.reason.clone())
+}
+
+fn is_settled(machine: &Machine) -> bool {
+    matches!(machine.environment(), Environment::Valid { damaged: false, counter } if !counter.upgrade_available)
+}
+
+#[tokio::test]
+async fn a_good_release_is_confirmed_after_exactly_one_boot() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    let target = machine.publish("two");
+    let booted = Daemon::start(&machine).until_reboot(&machine).await;
+    let first = Booted {
+        commit: target,
+        mark: Mark::Trial { tries: 1 },
+    };
+    assert_eq!(booted, first);
+    assert!(machine.armed());
+
+    let mut daemon = Daemon::start(&machine);
+    daemon.waits(Why::AwaitingConfirmation).await;
+    assert_eq!(
+        machine.record().phase,
+        Phase::Trial {
+            from: machine.factory,
+            target,
+            attempts: 1
+        }
+    );
+    machine.confirm();
+    let status = daemon.waits(Why::UpToDate).await;
+    assert_eq!(status.booted.commit, target);
+    assert_eq!(status.booted.version.as_deref(), Some("two"));
+    assert_eq!(machine.record().phase, Phase::Idle);
+    assert_eq!(machine.deployments(), [target, machine.factory]);
+    assert!(is_settled(&machine));
+
+    // From here on a poll is one conditional request.
+    let before = server.requests().len();
+    let at = status.last_poll;
+    daemon
+        .wait(|status| status.last_poll != at && status.why == Some(Why::UpToDate))
+        .await;
+    let polls = &server.requests()[before..];
+    assert!(!polls.is_empty());
+    for poll in polls {
+        assert_eq!(poll.path, "/base/metadata/timestamp.json");
+        assert!(poll.header("if-none-match").is_some());
+        assert_eq!(poll.sent, 0);
+    }
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn a_release_that_never_confirms_falls_back_after_three_tries_and_is_not_tried_again() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    let target = machine.publish("two");
+    let mut booted = Daemon::start(&machine).until_reboot(&machine).await;
+    for tries in 1..=3 {
+        let trial = Booted {
+            commit: target,
+            mark: Mark::Trial { tries },
+        };
+        assert_eq!(booted, trial);
+        booted = machine.power_on();
+    }
+    let fallback = Booted {
+        commit: machine.factory,
+        mark: Mark::Fallback(Fallback::Exhausted),
+    };
+    assert_eq!(booted, fallback);
+
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon.waits(Why::Rejected).await;
+    assert_eq!(status.rejections[0].commit, target);
+    assert_eq!(rejected(&machine, target), Some(Reason::Unconfirmed));
+    assert_eq!(machine.deployments(), [machine.factory]);
+    assert!(is_settled(&machine));
+    // Another poll, and another start, change nothing.
+    daemon.command(Command::Check).await;
+    daemon.stop().await;
+    assert_eq!(
+        machine.power_on(),
+        Booted {
+            commit: machine.factory,
+            mark: Mark::Normal
+        }
+    );
+    let mut daemon = Daemon::start(&machine);
+    daemon.waits(Why::Rejected).await;
+    let deltas = |path: &str| path.starts_with("/base/deltas/");
+    let fetched = server.requests();
+    assert_eq!(
+        fetched
+            .iter()
+            .filter(|request| deltas(&request.path))
+            .count(),
+        2
+    );
+
+    // Until the channel moves on.
+    let better = machine.publish("three");
+    let booted = daemon.until_reboot(&machine).await;
+    assert_eq!(booted.commit, better);
+}
+
+#[tokio::test]
+async fn an_unhealthy_release_is_rejected_for_the_checks_that_failed() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    let target = machine.publish("two");
+    Daemon::start(&machine).until_reboot(&machine).await;
+    // What `offshoot health` does on a trial whose required check fails.
+    let verdict = Verdict {
+        commit: target,
+        checks: vec!["app".to_owned()],
+    };
+    fs::write(
+        machine.path("state/verdict.json"),
+        serde_json::to_vec(&verdict).unwrap(),
+    )
+    .unwrap();
+    machine.config().bootloader().exhaust().unwrap();
+    assert_eq!(machine.power_on().commit, machine.factory);
+    let mut daemon = Daemon::start(&machine);
+    daemon.waits(Why::Rejected).await;
+    let reason = Reason::Unhealthy {
+        checks: vec!["app".to_owned()],
+    };
+    assert_eq!(rejected(&machine, target), Some(reason));
+
+    // An operator allows it again: the old verdict must not be held against the new trial.
+    let allowed = daemon
+        .command(|reply| Command::Retry(target, reply))
+        .await
+        .unwrap();
+    assert!(allowed.is_some());
+    let booted = daemon.until_reboot(&machine).await;
+    assert_eq!(booted.commit, target);
+    assert!(!machine.path("state/verdict.json").exists());
+    let again = Daemon::start(&machine);
+    let unknown = again
+        .command(|reply| Command::Retry(target, reply))
+        .await
+        .unwrap();
+    assert_eq!(unknown, None);
+}
+
+#[tokio::test]
+async fn a_download_that_breaks_off_is_continued_and_no_byte_is_fetched_twice() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    machine.publish_with("two", |_| {});
+    machine.dropping_after(300);
+    let booted = Daemon::start(&machine).until_reboot(&machine).await;
+    assert!(matches!(booted.mark, Mark::Trial { tries: 1 }));
+    let requests = server.requests();
+    let of = |name: &str| {
+        let requests = requests.iter().filter(|request| {
+            request.path.starts_with("/base/deltas/") && request.path.ends_with(name)
+        });
+        requests.map(|request| request.sent).sum::<u64>()
+    };
+    let files = machine.repository.files.iter();
+    for (path, bytes) in files.filter(|(path, _)| path.starts_with("deltas/")) {
+        let name = path.rsplit('/').next().unwrap();
+        assert_eq!(of(&format!("/{name}")), bytes.len() as u64, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_swapped_or_cut_is_never_applied() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    let target = machine.publish("two");
+    machine.twisted(|request, mut answer| {
+        if request.path.ends_with("/0") {
+            answer.body[10] ^= 1;
+        }
+        answer
+    });
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon
+        .wait(|status| {
+            status
+                .failure
+                .as_ref()
+                .is_some_and(|failure| failure.times >= 2)
+        })
+        .await;
+    assert_eq!(status.failure.unwrap().step, "fetch");
+    machine.twisted(|request, answer| {
+        if request.path.ends_with("/0") {
+            let half = answer.body.len() / 2;
+            answer.cut_at(half).then(Then::Close)
+        } else {
+            answer
+        }
+    });
+    daemon
+        .wait(|status| {
+            status
+                .failure
+                .as_ref()
+                .is_some_and(|failure| failure.times >= 3)
+        })
+        .await;
+    // Nothing outside of the spool; the release is not to blame.
+    assert_eq!(machine.deployments(), [machine.factory]);
+    assert!(!machine.armed());
+    assert_eq!(rejected(&machine, target), None);
+    machine.twisted(|_, answer| answer);
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
+}
+
+#[tokio::test]
+async fn a_delta_to_another_commit_is_given_up_with_nothing_written_outside_the_spool() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    let honest = machine.publish("two");
+    let files = machine.repository.files.clone();
+    let objects = fs::read_dir(machine.path("sysroot/ostree/repo/objects"))
+        .unwrap()
+        .count();
+    // Signed by the right key: the delta of another release under this one's name.
+    let target = machine.publish_with("three", |deltas| {
+        let offshoot::trust::schema::Delta {
+            superblock, parts, ..
+        } = &mut deltas[0];
+        for file in std::iter::once(superblock).chain(parts) {
+            let name = file.path.as_str().rsplit('/').next().unwrap().to_owned();
+            let (path, bytes) = files
+                .iter()
+                .find(|(path, _)| {
+                    path.starts_with("deltas/") && path.ends_with(&format!("/{name}"))
+                })
+                .unwrap();
+            *file = File {
+                path: path.parse().unwrap(),
+                length: bytes.len() as u64,
+                sha256: Sha256::of(bytes),
+            };
+        }
+    });
+    assert_ne!(honest, target);
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon
+        .wait(|status| {
+            status
+                .failure
+                .as_ref()
+                .is_some_and(|failure| failure.step == "apply")
+        })
+        .await;
+    assert_eq!(
+        status.phase,
+        Phase::Staging {
+            from: machine.factory,
+            target,
+            attempts: 1
+        }
+    );
+    daemon.waits(Why::Rejected).await;
+    assert_eq!(rejected(&machine, target), Some(Reason::NotInstalled));
+    let now = fs::read_dir(machine.path("sysroot/ostree/repo/objects"))
+        .unwrap()
+        .count();
+    assert_eq!(now, objects);
+    assert_eq!(
+        fs::read_dir(machine.path("state/spool")).unwrap().count(),
+        0
+    );
+}
+
+#[tokio::test]
+async fn a_poll_that_fails_is_named_and_tried_again() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    machine.twisted(|_, _| crate::server::Answer::new(503, ""));
+    let mut daemon = Daemon::start(&machine);
+    let failed = |kind| {
+        move |status: &Status| {
+            let error = status
+                .last_poll
+                .as_ref()
+                .and_then(|poll| poll.error.as_ref());
+            error.is_some_and(|error| error.kind == kind)
+        }
+    };
+    daemon.wait(failed(PollFailureKind::Fetch)).await;
+    // Signed by nobody.
+    machine.twisted(|request, mut answer| {
+        if request.path.ends_with("timestamp.json") && answer.status == 200 {
+            let text = String::from_utf8(answer.body).unwrap();
+            answer.body = text.replace("2100-", "2101-").into();
+        }
+        answer
+    });
+    let status = daemon.wait(failed(PollFailureKind::Refused)).await;
+    assert_eq!(status.offer, None);
+    machine.twisted(|_, answer| answer);
+    let target = machine.publish("two");
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
+}
+
+#[tokio::test]
+async fn an_operators_words_are_obeyed_and_remembered() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    let config = machine.path("etc/offshoot/config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(
+        &config,
+        text.replace("[install]\n", "[install]\nreboot = 'manual'\n"),
+    )
+    .unwrap();
+    let mut daemon = Daemon::start(&machine);
+    daemon.waits(Why::NothingOffered).await;
+    let refused = daemon.command(Command::Update).await;
+    assert_eq!(refused.unwrap_err().why, Some(Why::NothingOffered));
+
+    let hold = Hold {
+        reason: "a demonstration".to_owned(),
+    };
+    let held = daemon
+        .command(|reply| Command::Hold(Some(hold.clone()), reply))
+        .await
+        .unwrap();
+    assert_eq!(held.hold, Some(hold));
+    let target = machine.publish("two");
+    let status = daemon.command(Command::Check).await;
+    assert_eq!(status.why, Some(Why::Held));
+    daemon.stop().await;
+    let mut daemon = Daemon::start(&machine);
+    daemon.waits(Why::Held).await;
+    daemon
+        .command(|reply| Command::Hold(None, reply))
+        .await
+        .unwrap();
+
+    // Everything but the reboot happens without a word.
+    daemon.waits(Why::AwaitingConsent).await;
+    assert_eq!(machine.deployments(), [machine.factory]);
+    assert!(!machine.armed());
+    let status = daemon.command(Command::Update).await.unwrap();
+    assert_eq!(status.why, None);
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
+    machine.confirm();
+
+    let mut daemon = Daemon::start(&machine);
+    daemon.waits(Why::UpToDate).await;
+    let beta = daemon
+        .command(|reply| Command::Channel(Some("beta".parse().unwrap()), reply))
+        .await
+        .unwrap();
+    assert_eq!(
+        (beta.channel.as_str(), beta.why, beta.offer),
+        ("beta", Some(Why::NothingOffered), None)
+    );
+    daemon.stop().await;
+    let mut daemon = Daemon::start(&machine);
+    assert_eq!(daemon.waits(Why::NothingOffered).await.channel, "beta");
+    let back = daemon
+        .command(|reply| Command::Channel(None, reply))
+        .await
+        .unwrap();
+    assert_eq!(
+        (back.channel.as_str(), back.why),
+        ("stable", Some(Why::UpToDate))
+    );
+}
+
+/// One step after the other on a machine, without the daemon's timing: what a power cut between any two leaves is reached by stopping.
+struct Steps<'a> {
+    machine: &'a Machine,
+    device: Device,
+    trust: Store,
+    server: Server,
+    poller: Poller,
+}
+
+impl<'a> Steps<'a> {
+    fn new(machine: &'a Machine) -> Self {
+        let config = machine.config();
+        let (device, _) = Device::open(&config).unwrap();
+        let root = fs::read(&config.paths.root_metadata).unwrap();
+        Self {
+            machine,
+            device,
+            trust: Store::open(config.paths.state.join("tuf"), &root).unwrap(),
+            server: Server::new(
+                ServerConfig {
+                    ca: config.server.ca.clone(),
+                    ..ServerConfig::new(&config.server.url)
+                },
+                "offshoot/test",
+            )
+            .unwrap(),
+            poller: Poller::new("stable".parse().unwrap(), HARDWARE.parse().unwrap()),
+        }
+    }
+
+    /// Does the next steps, at most `budget` of them; the last one decided.
+    async fn run(&mut self, budget: &mut usize) -> Step {
+        let now = Time::now();
+        let outcome = self
+            .poller
+            .poll(&mut self.server, &mut self.trust, now, Time::UNIX_EPOCH)
+            .await
+            .unwrap();
+        let offer = outcome.release;
+        loop {
+            let observed = self.device.observe(offer.as_ref(), |_| true).await.unwrap();
+            let step = decide(self.device.record(), &observed.facts);
+            if *budget == 0 || matches!(step, Step::Wait(_)) {
+                return step;
+            }
+            *budget -= 1;
+            self.device
+                .perform(&step, offer.as_ref(), &mut self.server, now, &mut |_, _| {})
+                .await
+                .unwrap();
+            if step == Step::Reboot {
+                assert!(self.machine.rebooted());
+                return step;
+            }
+        }
+    }
+}
+
+/// The promise that no cut may break: what the next boot takes is proved, or counted.
+fn assert_safe(machine: &Machine, proved: &[Commit]) {
+    let deployments = machine.deployments();
+    assert!(
+        proved.contains(&deployments[0]) || machine.armed(),
+        "{deployments:?} {:?}",
+        machine.environment()
+    );
+    assert!(deployments.iter().any(|commit| proved.contains(commit)));
+}
+
+#[tokio::test]
+async fn power_cut_after_any_number_of_steps_converges() {
+    let mut published = Machine::new();
+    let target = published.publish("two");
+    for good in [true, false] {
+        let mut cut_after = 0;
+        loop {
+            let machine = published.copy();
+            let _server = machine.server().await;
+            let mut proved = vec![machine.factory];
+            let mut budget = cut_after;
+            let mut boots = 0;
+            let mut was_cut = false;
+            let last = loop {
+                let mut steps = Steps::new(&machine);
+                let mut step = steps.run(&mut budget).await;
+                assert_safe(&machine, &proved);
+                if budget == 0 && !was_cut {
+                    // The power goes here; afterwards nothing more does.
+                    was_cut = true;
+                    budget = usize::MAX;
+                    step = Step::Reboot;
+                }
+                match step {
+                    Step::Wait(Why::AwaitingConfirmation) if good => {
+                        proved.push(target);
+                        machine.confirm();
+                    }
+                    Step::Reboot | Step::Wait(Why::AwaitingConfirmation) => {
+                        boots += 1;
+                        assert!(boots < 12, "it does not converge");
+                        machine.power_on();
+                        assert_safe(&machine, &proved);
+                    }
+                    Step::Wait(why) => break why,
+                    other => panic!("{other:?} was not done"),
+                }
+            };
+            if good {
+                assert_eq!(last, Why::UpToDate);
+                assert_eq!(machine.deployments(), [target, machine.factory]);
+            } else {
+                assert_eq!(last, Why::Rejected);
+                assert_eq!(machine.deployments(), [machine.factory]);
+            }
+            assert!(is_settled(&machine), "cut after {cut_after}");
+            if !was_cut {
+                // There are no more steps to cut between.
+                assert!(cut_after > 8, "{cut_after}");
+                break;
+            }
+            cut_after += 1;
+        }
+    }
+}
