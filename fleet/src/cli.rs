@@ -1,0 +1,345 @@
+//! The words an operator types, and what is said back.
+
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use clap::{Args, Parser, Subcommand};
+use jiff::Timestamp as Time;
+use offshoot::trust::schema::{HardwareId, ReleaseVersion, RoleName};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::directory::{Busy, Fleet};
+use crate::{compose, init, publish, refresh, serve};
+
+/// Composes and publishes OS releases for devices that Offshoot updates.
+///
+/// Everything is in one directory: the keys, the OSTree repository, and `public`, which any web server serves as it is. Back it up;
+/// whoever has `keys` decides what the devices run.
+///
+/// Exit codes: 0 done, 1 failed (the reason is on standard error), 2 usage, 3 another offshoot-fleet is at work in the directory.
+#[derive(Parser)]
+#[command(name = "offshoot-fleet", version)]
+pub(crate) struct Arguments {
+    /// The operator's directory.
+    #[arg(long, global = true, default_value = ".", env = "OFFSHOOT_FLEET")]
+    fleet: PathBuf,
+    /// Answer in JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    Init(InitArguments),
+    /// Add a channel.
+    #[command(subcommand)]
+    Channel(ChannelVerb),
+    Compose(ComposeArguments),
+    Publish(PublishArguments),
+    /// Sign again what expires.
+    ///
+    /// A role is signed again in the last third of its lifetime (`lifetimes` in fleet.toml). Run this daily, from a timer: devices refuse
+    /// metadata that has expired. A role whose keys are not in `keys` is left as it is, with a warning.
+    Refresh {
+        /// Sign a new timestamp even if nothing is late.
+        #[arg(long)]
+        force: bool,
+    },
+    Serve(ServeArguments),
+}
+
+/// Make the operator's directory: keys, settings, repository, and a first publication without releases.
+///
+/// Nothing that exists is overwritten. Put `root.json` into the devices' image as /usr/lib/offshoot/root.json, and keep copies of the
+/// root keys elsewhere: with them all other keys can be replaced, without them none.
+///
+/// Example: offshoot-fleet --fleet acme init --channel stable --channel beta --hardware qemu-x86_64
+#[derive(Args)]
+struct InitArguments {
+    /// A channel, which devices follow; may be given more than once.
+    #[arg(long = "channel", default_value = "stable")]
+    channels: Vec<RoleName>,
+    /// A kind of device, as `hardware` in the devices' configuration; may be given more than once.
+    #[arg(long)]
+    hardware: Vec<HardwareId>,
+    /// How many root keys to make.
+    #[arg(long, default_value_t = 1)]
+    root_keys: u32,
+    /// How many of them it takes to sign a root.
+    #[arg(long, default_value_t = 1)]
+    root_threshold: u32,
+}
+
+#[derive(Subcommand)]
+enum ChannelVerb {
+    /// Add a channel, with a key of its own and without releases.
+    Add {
+        /// Its name.
+        name: RoleName,
+    },
+}
+
+/// Turn a root file system into an OSTree commit.
+///
+/// The directory is not changed. Owners, modes and extended attributes are kept as they are, so run it as root on a tree
+/// that has the device's own. What OSTree wants elsewhere goes there: /etc becomes /usr/etc, the kernel and the initramfs
+/// go to /usr/lib/modules/VERSION, /var is left out, /home, /root, /srv, /opt, /mnt and /usr/local become links into it. The
+/// same tree and the same --timestamp give the same commit.
+///
+/// Example: offshoot-fleet compose --tree rootfs --branch os/stable/qemu-x86_64 --release 1.4.0
+#[derive(Args)]
+struct ComposeArguments {
+    /// The root file system.
+    #[arg(long)]
+    tree: PathBuf,
+    /// The OSTree repository, made if it does not exist; `repo` in the operator's directory if not given.
+    #[arg(long)]
+    repo: Option<PathBuf>,
+    /// The branch to move to the new commit.
+    #[arg(long)]
+    branch: String,
+    /// The version to write into the commit.
+    #[arg(long)]
+    release: String,
+    /// The commit's time, in seconds since 1970.
+    #[arg(long, env = "SOURCE_DATE_EPOCH", default_value_t = 0)]
+    timestamp: u64,
+}
+
+/// Publish a commit as a release of a channel.
+///
+/// Makes deltas from the releases before it, signs, and writes it to `public` so that a device sees the former release or this one and
+/// nothing else. Interrupted, the same command completes it. Publishing the same again changes nothing.
+///
+/// Example: offshoot-fleet publish --channel stable --hardware qemu-x86_64 --release 1.4.0 os/stable/qemu-x86_64
+#[derive(Args)]
+struct PublishArguments {
+    #[arg(long)]
+    channel: RoleName,
+    /// The kind of device that it is for, one of those in fleet.toml.
+    #[arg(long)]
+    hardware: HardwareId,
+    /// The version, as it was composed.
+    #[arg(long)]
+    release: ReleaseVersion,
+    /// A branch of the repository, or a commit checksum.
+    #[arg(value_name = "COMMIT-OR-BRANCH")]
+    rev: String,
+    /// From how many former releases to make deltas; `deltas` in fleet.toml if not given.
+    #[arg(long)]
+    deltas: Option<usize>,
+    /// Also make a delta from nothing, for devices that run none of those releases.
+    #[arg(long)]
+    full: bool,
+    /// Make a former release the newest again.
+    #[arg(long)]
+    again: bool,
+}
+
+/// Serve `public` over HTTPS, for a bench or a small site.
+///
+/// Any other web server will do as well: these are plain files. The certificate authority is made at the first start and kept as
+/// keys/serve-ca.pem: put it on the devices (`[server] ca` in their configuration). Stops on SIGTERM, after the transfers that run.
+/// Each request is a line of JSON on standard error or in --log: method, path, range, status, bytes, complete, http.
+#[derive(Args)]
+struct ServeArguments {
+    /// Address and port; port 0 picks one.
+    #[arg(long, default_value = "127.0.0.1:8443")]
+    listen: SocketAddr,
+    /// Without TLS. The metadata is signed either way.
+    #[arg(long)]
+    http: bool,
+    /// A name or address by which devices know this server; may be given more than once.
+    #[arg(long = "name")]
+    names: Vec<String>,
+    /// Write the requests to this file.
+    #[arg(long)]
+    log: Option<PathBuf>,
+}
+
+pub(crate) fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("offshoot-fleet: {error:#}");
+            if error.is::<Busy>() {
+                ExitCode::from(3)
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let json = arguments.json;
+    let directory = &arguments.fleet;
+    let now = now()?;
+    match &arguments.verb {
+        Verb::Init(options) => {
+            let keys = (options.root_keys, options.root_threshold);
+            let summary = init::init(directory, &options.channels, &options.hardware, keys, now)?;
+            say(json, &summary, || initiated(&summary))
+        }
+        Verb::Channel(ChannelVerb::Add { name }) => {
+            init::add_channel(&Fleet::open(directory)?, name, now)?;
+            say(json, &json!({"channel": name}), || {
+                format!("channel {name} is published, without releases")
+            })
+        }
+        Verb::Compose(options) => composing(directory, options, json),
+        Verb::Publish(options) => {
+            let request = publish::Request {
+                channel: options.channel.clone(),
+                hardware: options.hardware.clone(),
+                version: options.release.clone(),
+                rev: options.rev.clone(),
+                deltas: options.deltas,
+                full: options.full,
+                again: options.again,
+            };
+            let summary = publish::publish(&Fleet::open(directory)?, &request, now)?;
+            warn(&summary.warnings);
+            say(json, &summary, || published(&summary))
+        }
+        Verb::Refresh { force } => {
+            let summary = refresh::refresh(&Fleet::open(directory)?, *force, now)?;
+            warn(&summary.warnings);
+            say(json, &summary, || refreshed(&summary))
+        }
+        Verb::Serve(options) => {
+            let serving = serve::Options {
+                listen: options.listen,
+                http: options.http,
+                names: options.names.clone(),
+                log: options.log.clone(),
+            };
+            serve::serve(&Fleet::open(directory)?, &serving, |ready| {
+                let text = || match ready["ca"].as_str() {
+                    Some(ca) => format!("serving {} to devices that trust {ca}", ready["url"]),
+                    None => format!("serving {} without TLS", ready["url"]),
+                };
+                // Nobody reads it: the server serves all the same.
+                drop(say(json, ready, text));
+            })
+        }
+    }
+}
+
+fn composing(directory: &Path, options: &ComposeArguments, json: bool) -> Result<()> {
+    let repo = options
+        .repo
+        .clone()
+        .unwrap_or_else(|| directory.join("repo"));
+    let composed = compose::compose(
+        &options.tree,
+        &repo,
+        &options.branch,
+        &options.release,
+        options.timestamp,
+    )?;
+    if !json {
+        eprintln!(
+            "kernel {}, {} packages, {} files; {} entries of /var left out",
+            composed.kernel, composed.packages, composed.files, composed.left_out
+        );
+    }
+    say(json, &composed, || composed.commit.to_string())
+}
+
+fn initiated(summary: &init::Summary) -> String {
+    let channel = summary.channels.first().map_or("stable", RoleName::as_str);
+    let hardware = summary
+        .hardware
+        .first()
+        .map_or("HARDWARE", HardwareId::as_str);
+    let fleet = summary.fleet.display();
+    let first = if summary.hardware.is_empty() {
+        format!("0. Name the kinds of device that there are: `hardware` in {fleet}/fleet.toml\n")
+    } else {
+        String::new()
+    };
+    format!(
+        "\
+{fleet} is ready. Next:
+{first}1. Put {} into the image as /usr/lib/offshoot/root.json.
+2. Copy {fleet}/keys/root-*.pem to a safe place ({} of them sign a root).
+3. offshoot-fleet --fleet {fleet} compose --tree ROOTFS --branch os/{channel}/{hardware} --release 1.0.0
+4. offshoot-fleet --fleet {fleet} publish --channel {channel} --hardware {hardware} --release 1.0.0 os/{channel}/{hardware}
+5. Serve {fleet}/public with any web server, or on a bench: offshoot-fleet --fleet {fleet} serve
+6. Daily, from a timer: offshoot-fleet --fleet {fleet} refresh",
+        summary.root.display(),
+        summary.root_threshold,
+    )
+}
+
+fn published(summary: &publish::Summary) -> String {
+    let publish::Summary {
+        channel,
+        hardware,
+        version,
+        serial,
+        commit,
+        ..
+    } = summary;
+    let done = if summary.unchanged {
+        "was published already as"
+    } else {
+        "is"
+    };
+    let mut text =
+        format!("{commit}\n{done} {version}, release {serial} of {channel} for {hardware}");
+    for delta in &summary.deltas {
+        let from = delta
+            .from
+            .map_or("nothing".to_owned(), |from| from.to_string());
+        text += &format!(
+            "\n  from {from}: {} bytes, {} unpacked",
+            delta.download, delta.usize
+        );
+    }
+    text
+}
+
+fn refreshed(summary: &refresh::Summary) -> String {
+    if summary.signed.is_empty() {
+        return "nothing is late".to_owned();
+    }
+    let lines = summary.signed.iter().map(|signed| {
+        format!(
+            "{} {} until {}",
+            signed.role, signed.version, signed.expires
+        )
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+fn warn(warnings: &[String]) {
+    for warning in warnings {
+        eprintln!("warning: {warning}");
+    }
+}
+
+fn say(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) -> Result<()> {
+    let text = if json {
+        serde_json::to_string(value).context("writing the answer")?
+    } else {
+        text()
+    };
+    let mut out = std::io::stdout();
+    writeln!(out, "{text}")
+        .and_then(|()| out.flush())
+        .context("writing the answer")
+}
+
+/// Whole seconds, as metadata has them.
+fn now() -> Result<Time> {
+    Time::from_second(Time::now().as_second()).context("reading the clock")
+}

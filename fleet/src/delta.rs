@@ -1,0 +1,188 @@
+//! Static deltas: made by libostree, and described for the release manifest.
+//!
+//! `deltas/<from>-<to>/superblock`, `0`, `1`, … as libostree writes them, without fallback objects: the offline apply refuses those.
+//! libostree writes the time into the superblock, so a delta that was made twice is two deltas. One that is published is never
+//! made again: a manifest may already name it by digest.
+//!
+//! **Across a power cut.** The superblock comes last, so a directory that has one has every part. One that has none is not a delta yet,
+//! nothing names it, and it is made again.
+
+use std::fs::{self, File};
+use std::io::{self, IsTerminal as _, Write as _};
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use offshoot::commit::{Commit, Sha256};
+use offshoot::trust::schema;
+use ostree::gio::Cancellable;
+use ostree::glib::prelude::*;
+use ostree::glib::{Bytes, Variant, VariantDict, VariantTy};
+use ostree::{Repo, StaticDeltaGenerateOpt};
+use sha2::Digest as _;
+
+use crate::writer::Writer;
+
+/// Metadata, time, from, to, commit, dependencies, parts (version, checksum, size, unpacked size, objects), fallbacks.
+const SUPERBLOCK: &str = "(a{sv}tayay(a{sv}aya(say)sstayay)aya(uayttay)a(yaytt))";
+
+/// The directory of a delta, below `public/`.
+pub(crate) fn directory(from: Option<Commit>, to: Commit) -> String {
+    match from {
+        Some(from) => format!("deltas/{from}-{to}"),
+        None => format!("deltas/empty-{to}"),
+    }
+}
+
+/// The delta as it is published; it is made first if it is not.
+pub(crate) fn publish(
+    repo: &Repo,
+    public: &Path,
+    writer: &Writer,
+    scratch: &Path,
+    (from, to): (Option<Commit>, Commit),
+    label: &str,
+) -> Result<schema::Delta> {
+    let directory = directory(from, to);
+    let published = public.join(&directory);
+    if !published.join("superblock").exists() {
+        let made = scratch.join("delta");
+        fs::create_dir(&made).with_context(|| format!("making {}", made.display()))?;
+        with_progress(label, || generate(repo, from, to, &made))?;
+        // Before any of it is published: that it is what it should be.
+        let parts = describe(&made, &directory, from, to)?.parts.len();
+        for part in 0..parts {
+            writer.copy(&made.join(part.to_string()), &format!("{directory}/{part}"))?;
+        }
+        writer.copy(&made.join("superblock"), &format!("{directory}/superblock"))?;
+        fs::remove_dir_all(&made).with_context(|| format!("removing {}", made.display()))?;
+    }
+    describe(&published, &directory, from, to).with_context(|| {
+        format!(
+            "{} is damaged: put it back from a backup, or remove it if no manifest names it, and publish again",
+            published.display()
+        )
+    })
+}
+
+fn generate(repo: &Repo, from: Option<Commit>, to: Commit, into: &Path) -> Result<()> {
+    let filename = into.join("superblock");
+    let filename = filename
+        .to_str()
+        .context("the directory's path is not UTF-8")?;
+    let parameters = VariantDict::new(None);
+    // No object is fetched beside the delta, however large.
+    parameters.insert("min-fallback-size", 0u32);
+    parameters.insert_value("filename", &bytestring(filename));
+    repo.static_delta_generate(
+        StaticDeltaGenerateOpt::Major,
+        from.map(|from| from.to_string()).as_deref(),
+        &to.to_string(),
+        None,
+        Some(&parameters.end()),
+        None::<&Cancellable>,
+    )
+    .context("generating a delta")
+}
+
+/// A C string as libostree wants one: bytes and a NUL.
+fn bytestring(text: &str) -> Variant {
+    [text.as_bytes(), b"\0"].concat().to_variant()
+}
+
+/// Reads a delta, and checks its parts against its superblock.
+fn describe(
+    files: &Path,
+    published: &str,
+    from: Option<Commit>,
+    to: Commit,
+) -> Result<schema::Delta> {
+    let path = files.join("superblock");
+    let bytes = fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+    let file = |name: &str, length, sha256| -> Result<schema::File> {
+        Ok(schema::File {
+            path: format!("{published}/{name}").parse()?,
+            length,
+            sha256,
+        })
+    };
+    let superblock = file("superblock", bytes.len() as u64, Sha256::of(&bytes))?;
+    let kind = VariantTy::new(SUPERBLOCK).context("the type of a superblock")?;
+    let delta = Variant::from_bytes_with_type(&Bytes::from_owned(bytes), kind);
+    let digest = |index| delta.child_value(index).data().to_vec();
+    let want: &[u8] = match &from {
+        Some(from) => from.0.as_bytes(),
+        None => &[],
+    };
+    ensure!(
+        digest(2) == want && digest(3) == to.0.as_bytes(),
+        "{} is of other commits",
+        path.display()
+    );
+    let fallbacks = delta.child_value(7).n_children();
+    ensure!(
+        fallbacks == 0,
+        "{} has {fallbacks} fallback objects",
+        path.display()
+    );
+    let (mut parts, mut usize) = (Vec::new(), 0u64);
+    for (index, part) in delta.child_value(6).iter().enumerate() {
+        let path = files.join(index.to_string());
+        let (length, sha256) = digest_of(&path)?;
+        let number = |child| {
+            let number = part.child_value(child).get::<u64>();
+            number.with_context(|| format!("part {index} has no size"))
+        };
+        ensure!(
+            part.child_value(1).data() == sha256.as_bytes() && number(2)? == length,
+            "{} is not the part that its superblock names",
+            path.display()
+        );
+        usize = usize
+            .checked_add(number(3)?)
+            .context("the parts' sizes do not fit 64 bits")?;
+        parts.push(file(&index.to_string(), length, sha256)?);
+    }
+    if parts.is_empty() {
+        bail!("{} has no parts", path.display());
+    }
+    Ok(schema::Delta {
+        from,
+        usize,
+        superblock,
+        parts,
+    })
+}
+
+fn digest_of(path: &Path) -> Result<(u64, Sha256)> {
+    let read = || -> io::Result<(u64, Sha256)> {
+        let mut digest = sha2::Sha256::new();
+        let length = io::copy(&mut File::open(path)?, &mut digest)?;
+        Ok((length, Sha256::from_bytes(digest.finalize().into())))
+    };
+    read().with_context(|| format!("reading {}", path.display()))
+}
+
+/// Says what takes long, and that it goes on: on a terminal every second, else every half minute.
+fn with_progress<T>(label: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let (done, wait) = mpsc::channel::<()>();
+    let terminal = io::stderr().is_terminal();
+    let every = Duration::from_secs(if terminal { 1 } else { 30 });
+    let start = Instant::now();
+    eprintln!("{label} …");
+    std::thread::scope(move |scope| {
+        scope.spawn(move || {
+            while wait.recv_timeout(every) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let seconds = start.elapsed().as_secs();
+                let end = if terminal { '\r' } else { '\n' };
+                eprint!("{label}: {seconds} s{end}");
+                // Nobody to tell is no reason to stop.
+                drop(io::stderr().flush());
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
+}

@@ -1,0 +1,152 @@
+//! How a file gets where others read it: whole or not at all.
+//!
+//! **Across a power cut.** A file is written beside its place as `.<name>.part`, synced, renamed, and its directory synced. A cut leaves
+//! the former file or the new one, and perhaps a part file, which the next writer removes. What is written first is on the disk
+//! before what is written after it is begun: whoever writes the file that names the others last is never seen half done.
+//!
+//! Does not lock: see [`crate::directory::Lock`].
+
+use std::fs::{self, File, Permissions};
+use std::io::{self, BufReader, Read, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use offshoot::commit::Sha256;
+use offshoot::trust::schema::Digested;
+use sha2::Digest as _;
+
+/// Files below one directory, which are for everybody to read.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    base: PathBuf,
+    #[cfg(test)]
+    steps: std::cell::Cell<Option<usize>>,
+}
+
+impl Writer {
+    pub(crate) fn new(base: &Path) -> Self {
+        Self {
+            base: base.to_owned(),
+            #[cfg(test)]
+            steps: std::cell::Cell::new(None),
+        }
+    }
+
+    /// One that is cut off after so many steps: each file is four.
+    #[cfg(test)]
+    pub(crate) fn cut_after(base: &Path, steps: usize) -> Self {
+        let writer = Self::new(base);
+        writer.steps.set(Some(steps));
+        writer
+    }
+
+    #[cfg(test)]
+    fn step(&self) -> io::Result<()> {
+        match self.steps.get() {
+            Some(0) => Err(io::Error::other("cut")),
+            Some(left) => {
+                self.steps.set(Some(left - 1));
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    #[cfg(not(test))]
+    #[allow(
+        clippy::unused_self,
+        clippy::unnecessary_wraps,
+        reason = "a test can make it fail"
+    )]
+    fn step(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    pub(crate) fn write(&self, path: &str, bytes: &[u8]) -> Result<()> {
+        self.place(path, bytes).map(drop)
+    }
+
+    /// Copies a file, and says what was copied.
+    pub(crate) fn copy(&self, from: &Path, path: &str) -> Result<Digested> {
+        let file = File::open(from).with_context(|| format!("reading {}", from.display()))?;
+        self.place(path, BufReader::with_capacity(1 << 16, file))
+    }
+
+    fn place(&self, path: &str, mut content: impl Read) -> Result<Digested> {
+        let path = self.base.join(path);
+        let mut place = || -> io::Result<Digested> {
+            let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            make_directory(directory)?;
+            let part = directory.join(format!(".{}.part", name.to_string_lossy()));
+            self.step()?;
+            let mut file = File::create(&part)?;
+            let (mut length, mut digest) = (0, sha2::Sha256::new());
+            let mut buffer = [0; 1 << 16];
+            loop {
+                let read = content.read(&mut buffer)?;
+                if read == 0 {
+                    break;
+                }
+                file.write_all(&buffer[..read / 2])?;
+                if length == 0 {
+                    self.step()?;
+                }
+                file.write_all(&buffer[read / 2..read])?;
+                digest.update(&buffer[..read]);
+                length += read as u64;
+            }
+            // Whatever the umask: a web server under another user is to read it.
+            file.set_permissions(Permissions::from_mode(0o644))?;
+            file.sync_all()?;
+            self.step()?;
+            fs::rename(&part, &path)?;
+            File::open(directory)?.sync_all()?;
+            self.step()?;
+            let sha256 = Sha256::from_bytes(digest.finalize().into());
+            Ok(Digested { length, sha256 })
+        };
+        place().with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Removes what a cut has left half written.
+    pub(crate) fn clear_parts(&self) -> Result<()> {
+        fn clear(directory: &Path) -> io::Result<()> {
+            for entry in fs::read_dir(directory)? {
+                let entry = entry?;
+                let name = entry.file_name();
+                let name = name.to_string_lossy();
+                if entry.file_type()?.is_dir() {
+                    clear(&entry.path())?;
+                } else if name.starts_with('.') && name.ends_with(".part") {
+                    fs::remove_file(entry.path())?;
+                }
+            }
+            Ok(())
+        }
+        clear(&self.base).with_context(|| format!("clearing {}", self.base.display()))
+    }
+}
+
+/// With all that is missing above it, each of them synced into the one above.
+pub(crate) fn make_directory(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    let Some(parent) = directory.parent() else {
+        return Err(io::ErrorKind::NotFound.into());
+    };
+    if !parent.as_os_str().is_empty() {
+        make_directory(parent)?;
+    }
+    fs::create_dir(directory)?;
+    fs::set_permissions(directory, Permissions::from_mode(0o755))?;
+    let parent = if parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        parent
+    };
+    File::open(parent)?.sync_all()
+}

@@ -1,0 +1,88 @@
+//! A device over plain files: the agent's own code, and a directory in the server's place.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp as Time;
+use offshoot::commit::Sha256;
+use offshoot::trust::refresh::{Outcome, Refresh, Reply, Want};
+use offshoot::trust::schema::File;
+use offshoot::trust::store::Store;
+use offshoot::trust::{Release, Verified};
+
+pub(crate) struct Device {
+    store: Store,
+}
+
+impl Device {
+    /// One that has the image's root and has seen nothing yet.
+    pub(crate) fn new(directory: &Path, root: &Path) -> Self {
+        Self {
+            store: Store::open(directory, &fs::read(root).unwrap()).unwrap(),
+        }
+    }
+
+    /// A poll of `stable` for `qemu-x86_64`.
+    pub(crate) fn poll(&mut self, public: &Path, now: Time) -> anyhow::Result<Outcome> {
+        self.poll_moving(|_| public.to_owned(), now)
+    }
+
+    /// A poll whose n-th request is answered from `public(n)`.
+    pub(crate) fn poll_moving(
+        &mut self,
+        public: impl Fn(usize) -> PathBuf,
+        now: Time,
+    ) -> anyhow::Result<Outcome> {
+        let (channel, hardware) = ("stable".parse()?, "qemu-x86_64".parse()?);
+        let mut refresh = Refresh::new(&self.store, channel, hardware, now, Time::UNIX_EPOCH);
+        let mut requests = 0..;
+        loop {
+            let reply = match refresh.want() {
+                Want::Poll { path, .. } => get(&public(requests.next().unwrap()), path),
+                Want::File { path, .. } => get(&public(requests.next().unwrap()), &path),
+                Want::KeepRoot(bytes) => {
+                    let bytes = bytes.to_owned();
+                    self.store.persist_root(&bytes)?;
+                    Reply::Kept
+                }
+                Want::Done => return refresh.finish(&mut self.store),
+            };
+            refresh = refresh.supply(reply)?;
+        }
+    }
+}
+
+fn get(public: &Path, path: &str) -> Reply {
+    match fs::read(public.join(path)) {
+        Ok(bytes) => Reply::Body(bytes),
+        Err(_) => Reply::NotFound,
+    }
+}
+
+/// Its version; all of its files are there, and are those that were signed.
+pub(crate) fn checked(public: &Path, release: &Verified<Release>) -> String {
+    let (entry, manifest) = (&release.entry, &release.manifest);
+    let (folder, file) = entry.path.as_str().rsplit_once('/').unwrap();
+    let object =
+        fs::read(public.join(format!("targets/{folder}/{}.{file}", entry.commit))).unwrap();
+    assert_eq!(
+        (Sha256::of(&object), object.len() as u64),
+        (entry.commit.0, entry.length)
+    );
+    for delta in &manifest.deltas {
+        for File {
+            path,
+            length,
+            sha256,
+        } in delta.parts.iter().chain([&delta.superblock])
+        {
+            let bytes = fs::read(public.join(path.as_str())).unwrap();
+            assert_eq!(
+                (Sha256::of(&bytes), bytes.len() as u64),
+                (*sha256, *length),
+                "{path}"
+            );
+        }
+    }
+    entry.version.to_string()
+}
