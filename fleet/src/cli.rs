@@ -13,14 +13,15 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
-use crate::{compose, init, publish, refresh, serve};
+use crate::{compose, init, publish, refresh, serve, status};
 
 /// Composes and publishes OS releases for devices that Offshoot updates.
 ///
 /// Everything is in one directory: the keys, the OSTree repository, and `public`, which any web server serves as it is. Back it up;
 /// whoever has `keys` decides what the devices run.
 ///
-/// Exit codes: 0 done, 1 failed (the reason is on standard error), 2 usage, 3 another offshoot-fleet is at work in the directory.
+/// Exit codes: 0 done, 1 failed (the reason is on standard error), 2 usage, 3 another offshoot-fleet is at work in the directory,
+/// 4 `status --check` has warnings.
 #[derive(Parser)]
 #[command(name = "offshoot-fleet", version)]
 pub(crate) struct Arguments {
@@ -50,6 +51,14 @@ enum Verb {
         /// Sign a new timestamp even if nothing is late.
         #[arg(long)]
         force: bool,
+    },
+    /// Tell what is published, until when devices believe it, and what to do about it.
+    ///
+    /// Each warning names its remedy. With --check, warnings are exit code 4, for a timer that mails.
+    Status {
+        /// Fail if there are warnings.
+        #[arg(long)]
+        check: bool,
     },
     Serve(ServeArguments),
 }
@@ -166,7 +175,7 @@ struct ServeArguments {
 pub(crate) fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(&arguments) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("offshoot-fleet: {error:#}");
             if error.is::<Busy>() {
@@ -178,7 +187,7 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<()> {
+fn run(arguments: &Arguments) -> Result<ExitCode> {
     let json = arguments.json;
     let directory = &arguments.fleet;
     let now = now()?;
@@ -214,6 +223,14 @@ fn run(arguments: &Arguments) -> Result<()> {
             warn(&summary.warnings);
             say(json, &summary, || refreshed(&summary))
         }
+        Verb::Status { check } => {
+            let status = status::status(&Fleet::open(directory)?, now)?;
+            say(json, &status, || status.to_string().trim_end().to_owned())?;
+            if *check && !status.warnings.is_empty() {
+                return Ok(ExitCode::from(4));
+            }
+            Ok(())
+        }
         Verb::Serve(options) => {
             let serving = serve::Options {
                 listen: options.listen,
@@ -230,7 +247,8 @@ fn run(arguments: &Arguments) -> Result<()> {
                 drop(say(json, ready, text));
             })
         }
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn composing(directory: &Path, options: &ComposeArguments, json: bool) -> Result<()> {

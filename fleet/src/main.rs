@@ -6,6 +6,8 @@
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires, [`status`] tells.
 //! - [`serve`]: `public/` over HTTPS, for a bench.
 
+#[cfg(test)]
+mod bench;
 mod cli;
 mod compose;
 mod delta;
@@ -19,6 +21,7 @@ mod publication;
 mod publish;
 mod refresh;
 mod serve;
+mod status;
 mod writer;
 
 use std::process::ExitCode;

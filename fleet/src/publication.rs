@@ -150,6 +150,14 @@ impl Publication {
         })
     }
 
+    /// `root.json` is the root that is published. It is written after that, so a cut may have left the one before.
+    pub(crate) fn keep_root(&self, fleet: &Fleet) -> Result<()> {
+        if !fleet.root().exists() || read(&fleet.root())? != self.files.root {
+            Writer::new(&fleet.directory).write("root.json", &self.files.root)?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn channel(&self, name: &RoleName) -> Result<&Targets> {
         self.channels.get(name).with_context(|| {
             let names = crate::directory::names(self.channels.keys());
@@ -388,15 +396,7 @@ impl Signed {
         for (name, bytes) in &self.files {
             writer.write(&format!("metadata/{name}"), bytes)?;
         }
-        self.keep_root(fleet)
-    }
-
-    fn keep_root(&self, fleet: &Fleet) -> Result<()> {
-        let root = &self.publication.files.root;
-        if !fleet.root().exists() || read(&fleet.root())? != *root {
-            Writer::new(&fleet.directory).write("root.json", root)?;
-        }
-        Ok(())
+        self.publication.keep_root(fleet)
     }
 }
 

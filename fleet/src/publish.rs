@@ -84,6 +84,7 @@ pub(crate) fn publish(fleet: &Fleet, request: &Request, now: Time) -> Result<Sum
 fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) -> Result<Summary> {
     let lock = fleet.lock()?;
     let former = Publication::read(fleet)?;
+    former.keep_root(fleet)?;
     let Request {
         channel,
         hardware,
@@ -284,7 +285,8 @@ fn sources(
     Ok(sources)
 }
 
-fn open_repo(path: &Path) -> Result<Repo> {
+/// The repository that releases come from.
+pub(crate) fn open_repo(path: &Path) -> Result<Repo> {
     let repo = Repo::new(&gio::File::for_path(path));
     repo.open(NONE)
         .with_context(|| format!("opening {}", path.display()))?;
@@ -307,7 +309,7 @@ fn resolve(repo: &Repo, rev: &str) -> Result<Commit> {
 }
 
 /// There, with everything below it that a delta reads.
-fn is_complete(repo: &Repo, commit: Commit) -> Result<bool> {
+pub(crate) fn is_complete(repo: &Repo, commit: Commit) -> Result<bool> {
     let checksum = commit.to_string();
     if !repo.has_object(ObjectType::Commit, &checksum, NONE)? {
         return Ok(false);

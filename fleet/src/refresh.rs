@@ -28,8 +28,13 @@ pub(crate) struct SignedRole {
 
 /// Without `force`, nothing is signed while nothing is late.
 pub(crate) fn refresh(fleet: &Fleet, force: bool, now: Time) -> Result<Summary> {
+    refresh_with(fleet, force, now, &Writer::new(&fleet.public()))
+}
+
+fn refresh_with(fleet: &Fleet, force: bool, now: Time, writer: &Writer) -> Result<Summary> {
     let _lock = fleet.lock()?;
     let former = Publication::read(fleet)?;
+    former.keep_root(fleet)?;
     let mut draft = former.draft();
     let mut warnings = Vec::new();
     let changed = renew(fleet, &former, &mut draft, now, &mut warnings)?;
@@ -40,7 +45,6 @@ pub(crate) fn refresh(fleet: &Fleet, force: bool, now: Time) -> Result<Summary> 
             warnings,
         });
     }
-    let writer = Writer::new(&fleet.public());
     writer.clear_parts()?;
     // Whatever else has expired is no reason to let the timestamp expire too.
     let signed = draft.sign(
@@ -49,7 +53,7 @@ pub(crate) fn refresh(fleet: &Fleet, force: bool, now: Time) -> Result<Summary> 
         now,
         Time::UNIX_EPOCH,
     )?;
-    signed.write(&writer, fleet)?;
+    signed.write(writer, fleet)?;
     let before = former.roles();
     let signed = signed.publication.roles().into_iter();
     let signed = signed.filter(|role| !before.contains(role));
@@ -91,4 +95,159 @@ pub(crate) fn renew(
         }
     }
     Ok(changed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::bench::{Bench, copy, days, now, seen};
+    use crate::status::{WarningKind, status};
+
+    fn roles(summary: &Summary) -> Vec<(&str, u64)> {
+        let signed = summary.signed.iter();
+        signed
+            .map(|signed| (signed.role.as_str(), signed.version.number()))
+            .collect()
+    }
+
+    #[test]
+    fn a_role_is_signed_again_in_its_last_third_and_what_names_it_with_it() {
+        let bench = Bench::new();
+        for (day, force, want) in [
+            (4, false, vec![]),
+            (4, true, vec![("timestamp", 3)]),
+            (5, false, vec![("timestamp", 3)]),
+            (8, false, vec![("timestamp", 3)]),
+            (21, false, vec![("timestamp", 3), ("snapshot", 3)]),
+            (
+                61,
+                false,
+                vec![("timestamp", 3), ("snapshot", 3), ("stable", 3)],
+            ),
+            (
+                300,
+                false,
+                vec![
+                    ("timestamp", 3),
+                    ("snapshot", 3),
+                    ("targets", 2),
+                    ("stable", 3),
+                ],
+            ),
+            (
+                3649,
+                false,
+                vec![
+                    ("root", 2),
+                    ("timestamp", 3),
+                    ("snapshot", 3),
+                    ("targets", 2),
+                    ("stable", 3),
+                ],
+            ),
+        ] {
+            let name = format!("{day}-{force}");
+            let (fleet, now) = (bench.copy("fleet", &name), now(days(day)));
+            let before = fs::read(fleet.metadata("timestamp.json")).unwrap();
+            let summary = refresh(&fleet, force, now).unwrap();
+            assert_eq!(roles(&summary), want, "day {day}");
+            assert_eq!(summary.warnings, Vec::<String>::new());
+            let after = fs::read(fleet.metadata("timestamp.json")).unwrap();
+            assert_eq!(after == before, want.is_empty());
+            let mut device = bench.device(&format!("device-{name}"));
+            assert_eq!(seen(&mut device, &fleet.public(), now).unwrap(), "1.0.0");
+        }
+    }
+
+    #[test]
+    fn a_device_believes_the_former_signatures_or_the_new_ones_after_a_cut_at_any_write() {
+        let bench = Bench::with_root_keys(3, 2);
+        let settings = "hardware = [\"qemu-x86_64\"]\n[lifetimes]\n";
+        let equal = ["root", "targets", "channel", "snapshot", "timestamp"]
+            .map(|role| format!("{role} = \"90d\"\n"));
+        fs::write(
+            bench.path("fleet/fleet.toml"),
+            settings.to_owned() + &equal.concat(),
+        )
+        .unwrap();
+        let late = now(days(70));
+        // What is signed for 90 days, and in its last third on the 70th.
+        let fleet = bench.copy("fleet", "equal");
+        let mut draft = Publication::read(&fleet).unwrap().draft();
+        for role in ["root", "targets", "stable"] {
+            draft.change(role);
+        }
+        let signed = draft
+            .sign(&fleet.keys(), &fleet.settings.lifetimes, now(3), now(3))
+            .unwrap();
+        signed.write(&Writer::new(&fleet.public()), &fleet).unwrap();
+        seen(&mut bench.device("held"), &fleet.public(), late).unwrap();
+        let mut steps = 0;
+        loop {
+            let fleet = bench.copy("equal", &format!("cut-{steps}"));
+            let writer = Writer::cut_after(&fleet.public(), steps);
+            let done = refresh_with(&fleet, false, late, &writer).is_ok();
+            copy(&bench.path("held"), &bench.path(&format!("held-{steps}")));
+            for name in ["held", "fresh"] {
+                let mut device = bench.device(&format!("{name}-{steps}"));
+                assert_eq!(seen(&mut device, &fleet.public(), late).unwrap(), "1.0.0");
+                refresh(&fleet, false, late).unwrap();
+                assert_eq!(
+                    seen(&mut device, &fleet.public(), now(days(150))).unwrap(),
+                    "1.0.0"
+                );
+            }
+            let [kept, published] = [fleet.root(), fleet.metadata("3.root.json")];
+            assert!(
+                fs::read(kept).unwrap() == fs::read(published).unwrap(),
+                "after {steps} steps"
+            );
+            if done {
+                break;
+            }
+            steps += 1;
+        }
+        assert_eq!(steps, 5 * 4);
+    }
+
+    #[test]
+    fn a_role_whose_keys_are_elsewhere_is_left_and_said() {
+        let bench = Bench::with_root_keys(3, 2);
+        let fleet = bench.fleet();
+        for stem in ["root-1", "root-2", "targets", "channel-stable"] {
+            fs::remove_file(bench.path(&format!("fleet/keys/{stem}.pem"))).unwrap();
+        }
+        let summary = refresh(&fleet, false, now(days(3000))).unwrap();
+        assert_eq!(roles(&summary), [("timestamp", 3), ("snapshot", 3)]);
+        assert_eq!(summary.warnings.len(), 3);
+        let kinds: Vec<_> = status(&fleet, now(days(3000))).unwrap().warnings;
+        let kinds: Vec<_> = kinds.iter().map(|warning| warning.kind).collect();
+        assert_eq!(
+            kinds,
+            [
+                WarningKind::Late,
+                WarningKind::Expired,
+                WarningKind::Expired
+            ]
+        );
+        fs::remove_file(bench.path("fleet/keys/timestamp.pem")).unwrap();
+        refresh(&fleet, true, now(days(3000))).unwrap_err();
+    }
+
+    #[test]
+    fn a_key_that_is_not_the_roles_signs_nothing() {
+        let bench = Bench::new();
+        let fleet = bench.fleet();
+        let keys = bench.path("fleet/keys");
+        fs::copy(keys.join("snapshot.pem"), keys.join("timestamp.pem")).unwrap();
+        refresh(&fleet, true, now(2)).unwrap_err();
+        // Neither does one key that is there twice.
+        let bench = Bench::with_root_keys(2, 2);
+        let keys = bench.path("fleet/keys");
+        fs::copy(keys.join("root-1.pem"), keys.join("root-2.pem")).unwrap();
+        let summary = refresh(&bench.fleet(), false, now(days(3000))).unwrap();
+        assert_eq!(summary.warnings.len(), 1);
+    }
 }

@@ -1,95 +1,21 @@
 //! What a device sees of a publication that is cut off after any write.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::*;
-use crate::device::{Device, checked};
-use crate::{compose, init};
-
-const HARDWARE: &str = "qemu-x86_64";
-
-struct Bench {
-    temp: tempfile::TempDir,
-}
-
-impl Bench {
-    /// A fleet with the release 1.0.0, and the commit of 1.1.0.
-    fn new() -> Self {
-        let bench = Self {
-            temp: tempfile::tempdir().unwrap(),
-        };
-        let directory = bench.path("fleet");
-        let (channel, hardware) = ("stable".parse().unwrap(), HARDWARE.parse().unwrap());
-        init::init(&directory, &[channel], &[hardware], (1, 1), now(0)).unwrap();
-        for version in ["1.0.0", "1.1.0"] {
-            let tree = bench.path(version);
-            for (path, text) in [
-                ("usr/lib/modules/6.12/vmlinuz", "kernel"),
-                ("usr/lib/modules/6.12/initramfs.img", "initramfs"),
-                ("usr/bin/tool", version),
-            ] {
-                let path = tree.join(path);
-                fs::create_dir_all(path.parent().unwrap()).unwrap();
-                fs::write(path, text).unwrap();
-            }
-            compose::compose(&tree, &directory.join("repo"), version, version, 1).unwrap();
-        }
-        let fleet = Fleet::open(&directory).unwrap();
-        publish(&fleet, &request("1.0.0"), now(1)).unwrap();
-        bench
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.temp.path().join(name)
-    }
-
-    /// A copy of the fleet, as a power cut would leave it alone.
-    fn copy(&self, from: &str, to: &str) -> Fleet {
-        copy(&self.path(from), &self.path(to));
-        Fleet::open(&self.path(to)).unwrap()
-    }
-
-    fn device(&self, name: &str) -> Device {
-        Device::new(&self.path(name), &self.path("fleet/root.json"))
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    let status = Command::new("cp")
-        .arg("-a")
-        .args([from, to])
-        .status()
-        .unwrap();
-    assert!(status.success());
-}
-
-fn request(version: &str) -> Request {
-    Request {
-        channel: "stable".parse().unwrap(),
-        hardware: HARDWARE.parse().unwrap(),
-        version: version.parse().unwrap(),
-        rev: version.to_owned(),
-        deltas: None,
-        full: true,
-        again: false,
-    }
-}
-
-fn now(seconds: i64) -> Time {
-    Time::from_second(1_800_000_000 + seconds).unwrap()
-}
-
-fn seen(device: &mut Device, public: &Path) -> String {
-    let release = device.poll(public, now(9)).unwrap().release.unwrap();
-    checked(public, &release)
-}
+use crate::bench::{Bench, copy, now, request, seen};
+use crate::device::checked;
 
 #[test]
 fn a_device_sees_the_former_release_or_the_new_one_after_a_cut_at_any_write() {
     let bench = Bench::new();
-    seen(&mut bench.device("held"), &bench.path("fleet/public"));
+    seen(
+        &mut bench.device("held"),
+        &bench.path("fleet/public"),
+        now(9),
+    )
+    .unwrap();
     let mut history = Vec::new();
     loop {
         let steps = history.len();
@@ -102,7 +28,9 @@ fn a_device_sees_the_former_release_or_the_new_one_after_a_cut_at_any_write() {
             bench.device(&format!("held-{steps}")),
             bench.device(&format!("fresh-{steps}")),
         ];
-        let [held, fresh] = devices.each_mut().map(|device| seen(device, &public));
+        let [held, fresh] = devices
+            .each_mut()
+            .map(|device| seen(device, &public, now(9)).unwrap());
         assert_eq!(held, fresh, "after {steps} steps");
         history.push(held);
 
@@ -113,7 +41,9 @@ fn a_device_sees_the_former_release_or_the_new_one_after_a_cut_at_any_write() {
             "after {steps} steps"
         );
         assert_eq!(
-            devices.each_mut().map(|device| seen(device, &public)),
+            devices
+                .each_mut()
+                .map(|device| seen(device, &public, now(9)).unwrap()),
             ["1.1.0", "1.1.0"]
         );
         let parts = Command::new("find")
@@ -139,7 +69,12 @@ fn a_device_sees_the_former_release_or_the_new_one_after_a_cut_at_any_write() {
 #[test]
 fn a_device_that_polls_while_it_is_published_sees_one_release_or_the_other() {
     let bench = Bench::new();
-    seen(&mut bench.device("held"), &bench.path("fleet/public"));
+    seen(
+        &mut bench.device("held"),
+        &bench.path("fleet/public"),
+        now(9),
+    )
+    .unwrap();
     let fleet = bench.copy("fleet", "after");
     publish(&fleet, &request("1.1.0"), now(2)).unwrap();
     for start in ["held", "none"] {

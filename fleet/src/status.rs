@@ -1,0 +1,294 @@
+//! What is published, until when it is believed, and what is wrong with it. Reads only, without the lock.
+//!
+//! Files are looked at by their length, not their digest.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use anyhow::{Context as _, Result};
+use jiff::Timestamp as Time;
+use offshoot::commit::Commit;
+use offshoot::trust::schema::{self, HardwareId, ReleaseVersion, RoleName, Version, time};
+use serde::Serialize;
+
+use crate::directory::Fleet;
+use crate::keys;
+use crate::publication::{Publication, Release, releases};
+use crate::publish::{self, DeltaSummary};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Status {
+    pub roles: Vec<Role>,
+    pub channels: BTreeMap<RoleName, BTreeMap<HardwareId, Vec<ReleaseStatus>>>,
+    pub warnings: Vec<Warning>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Role {
+    pub role: String,
+    pub version: Version,
+    #[serde(with = "time")]
+    pub expires: Time,
+    /// `refresh` would sign it again.
+    pub late: bool,
+    /// How many of its keys are here, and how many it takes.
+    pub keys: usize,
+    pub threshold: u64,
+}
+
+/// Newest first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct ReleaseStatus {
+    pub version: ReleaseVersion,
+    pub serial: u64,
+    pub commit: Commit,
+    pub deltas: Vec<DeltaSummary>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Warning {
+    pub kind: WarningKind,
+    pub text: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum WarningKind {
+    /// Devices refuse it.
+    Expired,
+    /// Its last third has begun.
+    Late,
+    /// A private key may be read by others.
+    KeyReadable,
+    /// A file that a release names is not there, or has another length.
+    FileDamaged,
+    /// No device can download the newest release.
+    NoDelta,
+    /// The next release cannot have a delta from the newest one.
+    CommitMissing,
+}
+
+pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
+    let publication = Publication::read(fleet)?;
+    let mut warnings = Vec::new();
+    let mut roles = Vec::new();
+    for (role, version, expires) in publication.roles() {
+        let (stem, signers) = publication.signers(&role)?;
+        let keys = fleet.keys().of(&stem, &signers)?.len();
+        let late = fleet.settings.lifetimes.of(&role).is_late(expires, now);
+        let remedy = if keys as u64 >= signers.threshold {
+            "run `offshoot-fleet refresh`".to_owned()
+        } else {
+            format!("run `offshoot-fleet refresh` where {stem}.pem is")
+        };
+        if expires <= now {
+            let text = format!("{role} expired at {expires}, devices refuse it: {remedy}");
+            warnings.push(WarningKind::Expired.with(text));
+        } else if late {
+            let text = format!("{role} expires at {expires}: {remedy}");
+            warnings.push(WarningKind::Late.with(text));
+        }
+        roles.push(Role {
+            role,
+            version,
+            expires,
+            late,
+            keys,
+            threshold: signers.threshold,
+        });
+    }
+    keys_of_others(fleet, &publication, &mut warnings)?;
+    let repo = publish::open_repo(&fleet.repo())?;
+    let mut channels = BTreeMap::new();
+    for (name, document) in &publication.channels {
+        let mut by_hardware: BTreeMap<HardwareId, Vec<ReleaseStatus>> = BTreeMap::new();
+        for release in releases(name, document)? {
+            let deltas = deltas(fleet, name, &release, &mut warnings)?;
+            by_hardware
+                .entry(release.hardware.clone())
+                .or_default()
+                .insert(
+                    0,
+                    ReleaseStatus {
+                        version: release.version,
+                        serial: release.serial,
+                        commit: release.commit,
+                        deltas,
+                    },
+                );
+        }
+        for (hardware, releases) in &by_hardware {
+            let Some(newest) = releases.first() else {
+                continue;
+            };
+            let named = format!("{} of {name} for {hardware}", newest.version);
+            if newest.deltas.is_empty() && releases.len() > 1 {
+                let text = format!(
+                    "{named} has no delta, so no device can download it: publish the next release with deltas or --full"
+                );
+                warnings.push(WarningKind::NoDelta.with(text));
+            }
+            if !publish::is_complete(&repo, newest.commit)? {
+                let text = format!(
+                    "the commit {} of {named} is not in {}: the next release will have no delta from it, pull it again",
+                    newest.commit,
+                    fleet.repo().display()
+                );
+                warnings.push(WarningKind::CommitMissing.with(text));
+            }
+        }
+        channels.insert(name.clone(), by_hardware);
+    }
+    Ok(Status {
+        roles,
+        channels,
+        warnings,
+    })
+}
+
+fn keys_of_others(
+    fleet: &Fleet,
+    publication: &Publication,
+    warnings: &mut Vec<Warning>,
+) -> Result<()> {
+    let channels = publication.channels.keys().map(keys::of_channel);
+    let roles = ["root", "timestamp", "snapshot", "targets"].map(str::to_owned);
+    for stem in roles.into_iter().chain(channels) {
+        for path in fleet.keys().files(&stem)? {
+            let meta =
+                fs::metadata(&path).with_context(|| format!("reading {}", path.display()))?;
+            let mode = meta.permissions().mode() & 0o777;
+            if mode & 0o077 != 0 {
+                let path = path.display();
+                let text =
+                    format!("{path} has mode {mode:o}, others may read it: chmod 600 {path}");
+                warnings.push(WarningKind::KeyReadable.with(text));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A manifest that cannot be read is a warning, like every file that is not there.
+fn deltas(
+    fleet: &Fleet,
+    channel: &RoleName,
+    release: &Release,
+    warnings: &mut Vec<Warning>,
+) -> Result<Vec<DeltaSummary>> {
+    let manifest = match publish::manifest(fleet, channel, release) {
+        Ok(manifest) => manifest,
+        Err(error) => {
+            let text = format!(
+                "{error:#}: devices cannot update to {}, put it back from a backup",
+                release.version
+            );
+            warnings.push(WarningKind::FileDamaged.with(text));
+            return Ok(Vec::new());
+        }
+    };
+    let Release {
+        hardware,
+        version,
+        commit,
+        ..
+    } = release;
+    let object = format!("targets/{channel}/{hardware}/{commit}.{version}.commit");
+    let mut files = vec![(object, None)];
+    for delta in &manifest.deltas {
+        for schema::File { path, length, .. } in delta.parts.iter().chain([&delta.superblock]) {
+            files.push((path.to_string(), Some(*length)));
+        }
+    }
+    for (path, want) in files {
+        let path = fleet.public().join(path);
+        let found = fs::metadata(&path).map(|meta| meta.len());
+        let wrong = match (&found, want) {
+            (Ok(length), Some(want)) => *length != want,
+            (Ok(_), None) => false,
+            (Err(_), _) => true,
+        };
+        if wrong {
+            let found = found.map_or_else(
+                |error| error.to_string(),
+                |length| format!("{length} bytes"),
+            );
+            let want = want
+                .map(|want| format!(" instead of {want}"))
+                .unwrap_or_default();
+            let text = format!(
+                "{} of {version}: {found}{want}; put it back from a backup",
+                path.display()
+            );
+            warnings.push(WarningKind::FileDamaged.with(text));
+        }
+    }
+    manifest.deltas.iter().map(DeltaSummary::of).collect()
+}
+
+impl WarningKind {
+    fn with(self, text: String) -> Warning {
+        Warning { kind: self, text }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (channel, by_hardware) in &self.channels {
+            writeln!(
+                f,
+                "{channel}{}",
+                if by_hardware.is_empty() {
+                    ": no releases"
+                } else {
+                    ""
+                }
+            )?;
+            for (hardware, releases) in by_hardware {
+                writeln!(f, "  {hardware}")?;
+                for release in releases {
+                    let ReleaseStatus {
+                        version,
+                        serial,
+                        commit,
+                        deltas,
+                    } = release;
+                    writeln!(f, "    {serial:>4}  {version:<12}  {commit}")?;
+                    for delta in deltas {
+                        let from = delta.from.map_or("nothing".to_owned(), |from| {
+                            let held = releases.iter().find(|release| release.commit == from);
+                            held.map_or(from.to_string(), |held| held.version.to_string())
+                        });
+                        writeln!(
+                            f,
+                            "          from {from}: {} bytes, {} unpacked",
+                            delta.download, delta.usize
+                        )?;
+                    }
+                }
+            }
+        }
+        for role in &self.roles {
+            let Role {
+                role,
+                version,
+                expires,
+                keys,
+                threshold,
+                ..
+            } = role;
+            let elsewhere = if (*keys as u64) < *threshold {
+                ", keys elsewhere"
+            } else {
+                ""
+            };
+            writeln!(f, "{role:<12} {version:>5}  until {expires}{elsewhere}")?;
+        }
+        for warning in &self.warnings {
+            writeln!(f, "warning: {}", warning.text)?;
+        }
+        Ok(())
+    }
+}
