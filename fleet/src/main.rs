@@ -12,7 +12,7 @@ mod cli;
 mod compose;
 mod delta;
 #[cfg(test)]
-#[path = "../tests/common/device.rs"]
+#[path = "../tests/it/device.rs"]
 mod device;
 mod directory;
 mod init;

@@ -1,11 +1,5 @@
 //! `offshoot-fleet compose` on real trees, read back with the real `ostree`. Needs root, for owners and capabilities.
 
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a test that fails here says where"
-)]
-
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
 use std::path::{Path, PathBuf};
