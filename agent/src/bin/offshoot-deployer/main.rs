@@ -118,15 +118,16 @@ fn run(arguments: &Arguments) -> Result<serde_json::Value, Failure> {
         kind: FailureKind::Unsuited,
         message: format!("limiting memory to {} MiB: {error}", arguments.memory),
     })?;
-    let sysroot = Sysroot::load(&arguments.sysroot, &arguments.bootloader_generator)?;
+    let look = || Sysroot::look(&arguments.sysroot, &arguments.bootloader_generator);
+    let lock = || Sysroot::lock(&arguments.sysroot, &arguments.bootloader_generator);
     let value = match &arguments.verb {
-        Verb::Status => json!(sysroot.status()?),
-        Verb::Stored { commit } => json!(sysroot.stored(*commit)?),
-        Verb::Preflight { unpacked } => json!(sysroot.preflight(*unpacked)?),
-        Verb::Apply { spool, commit } => json!(sysroot.lock()?.apply(spool, *commit)?),
-        Verb::Deploy { commit } => json!(sysroot.lock()?.deploy(*commit)?),
-        Verb::Undeploy { commit } => json!(sysroot.lock()?.undeploy(*commit)?),
-        Verb::Prune { keep } => json!(sysroot.lock()?.prune(keep)?),
+        Verb::Status => json!(look()?.status()?),
+        Verb::Stored { commit } => json!(look()?.stored(*commit)?),
+        Verb::Preflight { unpacked } => json!(look()?.preflight(*unpacked)?),
+        Verb::Apply { spool, commit } => json!(lock()?.apply(spool, *commit)?),
+        Verb::Deploy { commit } => json!(lock()?.deploy(*commit)?),
+        Verb::Undeploy { commit } => json!(lock()?.undeploy(*commit)?),
+        Verb::Prune { keep } => json!(lock()?.prune(keep)?),
     };
     Ok(value)
 }

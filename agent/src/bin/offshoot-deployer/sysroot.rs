@@ -44,16 +44,48 @@ fn ostree(doing: &str, error: &glib::Error) -> Failure {
     failure(kind, format!("{doing}: {}", error.message()))
 }
 
+fn loading(path: &Path, error: &glib::Error) -> Failure {
+    ostree(&format!("loading the sysroot {}", path.display()), error)
+}
+
 impl Sysroot {
-    pub(crate) fn load(path: &Path, generator: &Path) -> Result<Self, Failure> {
-        let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(path)));
-        let say =
-            |error: glib::Error| ostree(&format!("loading the sysroot {}", path.display()), &error);
-        if path == Path::new("/") && rustix::process::geteuid().is_root() {
-            // /sysroot and /boot may be mounted read-only; libostree makes them writable for this process only.
-            sysroot.initialize_with_mount_namespace(NONE).map_err(say)?;
+    /// To look: no lock is taken.
+    pub(crate) fn look(path: &Path, generator: &Path) -> Result<Self, Failure> {
+        Self::load(Self::open(path)?, path, generator)
+    }
+
+    /// To write, under the sysroot's lock.
+    pub(crate) fn lock(path: &Path, generator: &Path) -> Result<Locked, Failure> {
+        let sysroot = Self::open(path)?;
+        // Before loading: taking the lock is what makes a read-only /sysroot and /boot writable, and what was opened before stays read-only.
+        match sysroot.try_lock() {
+            Ok(true) => {}
+            Ok(false) => {
+                return Err(failure(
+                    FailureKind::Busy,
+                    "another program holds the sysroot's lock: try again when it is done",
+                ));
+            }
+            Err(error) => return Err(ostree("locking the sysroot", &error)),
         }
-        sysroot.load(NONE).map_err(say)?;
+        let sysroot = Self::load(sysroot, path, generator)?;
+        Ok(Locked { sysroot })
+    }
+
+    fn open(path: &Path) -> Result<ostree::Sysroot, Failure> {
+        let sysroot = ostree::Sysroot::new(Some(&gio::File::for_path(path)));
+        let opened = if path == Path::new("/") && rustix::process::geteuid().is_root() {
+            // /sysroot and /boot may be mounted read-only; libostree makes them writable for this process only.
+            sysroot.initialize_with_mount_namespace(NONE)
+        } else {
+            sysroot.initialize()
+        };
+        opened.map_err(|error| loading(path, &error))?;
+        Ok(sysroot)
+    }
+
+    fn load(sysroot: ostree::Sysroot, path: &Path, generator: &Path) -> Result<Self, Failure> {
+        sysroot.load(NONE).map_err(|error| loading(path, &error))?;
         let repo = sysroot.repo();
         let bootloader = repo
             .config()
@@ -71,24 +103,6 @@ impl Sysroot {
             ostree: sysroot,
             repo,
         })
-    }
-
-    pub(crate) fn lock(self) -> Result<Locked, Failure> {
-        match self.ostree.try_lock() {
-            Ok(true) => {}
-            Ok(false) => {
-                return Err(failure(
-                    FailureKind::Busy,
-                    "another program holds the sysroot's lock: try again when it is done",
-                ));
-            }
-            Err(error) => return Err(ostree("locking the sysroot", &error)),
-        }
-        // What another run left behind; and what changed before the lock was ours.
-        self.ostree
-            .load_if_changed(NONE)
-            .map_err(|error| ostree("loading the sysroot", &error))?;
-        Ok(Locked { sysroot: self })
     }
 
     pub(crate) fn status(&self) -> Result<Deployments, Failure> {
