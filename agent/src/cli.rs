@@ -423,9 +423,11 @@ impl Cli<'_> {
 
 /// To the journal if that is where standard error goes, with the message ids; else to standard error.
 fn log() {
-    let wanted = std::env::var("OFFSHOOT_LOG").unwrap_or_default();
-    let level = wanted
-        .parse()
+    // An empty word would be read as `error`.
+    let level = std::env::var("OFFSHOOT_LOG")
+        .ok()
+        .filter(|wanted| !wanted.is_empty())
+        .and_then(|wanted| wanted.parse().ok())
         .unwrap_or(tracing_subscriber::filter::LevelFilter::INFO);
     let journal = match std::env::var_os("JOURNAL_STREAM") {
         Some(_) => tracing_journald::layer(),
