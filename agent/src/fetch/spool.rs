@@ -4,7 +4,7 @@
 //!
 //! | path | what |
 //! |---|---|
-//! | `<commit>/manifest.json`, `superblock`, `0`, `1`, … | whole files, each once matched to its signed digest |
+//! | `<commit>/superblock`, `0`, `1`, … | whole files, each once matched to its signed digest |
 //! | `<commit>/<name>.part` | the beginning of a file that is being fetched |
 //!
 //! What a power cut leaves, at each point:
@@ -43,7 +43,6 @@ pub struct Spool {
 /// The name of a file in the spool. There are no others, so none can be hostile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Name {
-    Manifest,
     Superblock,
     Part(u32),
 }
@@ -279,7 +278,6 @@ impl SpoolError {
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Manifest => f.write_str("manifest.json"),
             Self::Superblock => f.write_str("superblock"),
             Self::Part(number) => write!(f, "{number}"),
         }
@@ -296,7 +294,6 @@ impl FromStr for Name {
 
     fn from_str(text: &str) -> Result<Self, NotAName> {
         let name = match text {
-            "manifest.json" => Self::Manifest,
             "superblock" => Self::Superblock,
             number => Self::Part(number.parse().map_err(|_| NotAName)?),
         };
@@ -404,12 +401,7 @@ mod tests {
 
     #[test]
     fn names_have_one_spelling_each() {
-        for name in [
-            Name::Manifest,
-            Name::Superblock,
-            Name::Part(0),
-            Name::Part(u32::MAX),
-        ] {
+        for name in [Name::Superblock, Name::Part(0), Name::Part(u32::MAX)] {
             assert_eq!(name.to_string().parse(), Ok(name));
         }
         for bad in [
@@ -423,7 +415,7 @@ mod tests {
             "4294967296",
             "0.part",
             "Superblock",
-            "manifest.json/",
+            "superblock/",
         ] {
             assert_eq!(bad.parse::<Name>(), Err(NotAName), "{bad}");
         }
@@ -439,7 +431,7 @@ mod tests {
             for name in [
                 "0",
                 "1.part",
-                "manifest.json",
+                "superblock",
                 "superblock.part",
                 "x",
                 "0.part.part",
@@ -453,7 +445,7 @@ mod tests {
         fs::write(spool.root.join("stray"), "").unwrap();
 
         spool.retain(Some(&kept)).unwrap();
-        let names = ["", "/0", "/1.part", "/manifest.json", "/superblock.part"];
+        let names = ["", "/0", "/1.part", "/superblock", "/superblock.part"];
         assert_eq!(tree(&spool.root), names.map(|name| format!("{kept}{name}")));
 
         spool.retain(None).unwrap();
