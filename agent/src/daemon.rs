@@ -360,7 +360,7 @@ impl Daemon {
         let delay = match outcome {
             Ok(outcome) => {
                 let offer = outcome
-                    .release
+                    .found
                     .as_ref()
                     .map(|release| release.entry.commit.to_string())
                     .unwrap_or_default();
@@ -371,7 +371,7 @@ impl Daemon {
                     "the server answered"
                 );
                 let former = self.offer.as_ref().map(|offer| offer.entry.commit);
-                self.offer = outcome.release;
+                self.offer = outcome.found;
                 if self.offer.as_ref().map(|offer| offer.entry.commit) != former {
                     // Another release may do better.
                     self.failure = None;

@@ -9,10 +9,11 @@
 use jiff::Timestamp as Time;
 
 use crate::fetch::{self, FetchError, Server};
-use crate::trust::Refusal;
+use crate::trust::goal::Newest;
 use crate::trust::refresh::{Outcome, Refresh, Reply, Want};
 use crate::trust::schema::{HardwareId, RoleName};
 use crate::trust::store::Store;
+use crate::trust::{Refusal, Release, Verified};
 
 #[derive(Debug, thiserror::Error)]
 pub enum PollError {
@@ -48,9 +49,12 @@ impl Poller {
         store: &mut Store,
         system: Time,
         built: Time,
-    ) -> Result<Outcome, PollError> {
-        let (channel, hardware) = (self.channel.clone(), self.hardware.clone());
-        let mut refresh = Refresh::new(store, channel, hardware, system, built);
+    ) -> Result<Outcome<Verified<Release>>, PollError> {
+        let goal = Newest {
+            channel: self.channel.clone(),
+            hardware: self.hardware.clone(),
+        };
+        let mut refresh = Refresh::new(store, goal, system, built);
         let former = self.etag.clone();
         let mut etag = None;
         loop {
@@ -79,10 +83,7 @@ impl Poller {
                     fetch::Reply::NotModified => Reply::NotModified,
                     fetch::Reply::NotFound => Reply::NotFound,
                 },
-                Want::KeepRoot(bytes) => {
-                    store.persist_root(bytes).map_err(PollError::Device)?;
-                    Reply::Kept
-                }
+                Want::Keep => refresh.keep(store).map_err(PollError::Device)?,
                 Want::Done => break,
             };
             refresh = refresh.supply(reply)?;

@@ -7,11 +7,15 @@ use ed25519_dalek::{Signer as _, SigningKey};
 use jiff::Timestamp as Time;
 use serde::Serialize;
 
+use super::Refusal;
+use super::goal::{Goal, Newest};
+use super::refresh::{Refresh, Reply, Want};
 use super::schema::{
     Custom, Delegation, Delegations, Delta, Digested, Envelope, FORMAT, File, HardwareId, Key,
     Manifest, MetaFile, RoleKeys, RoleName, Root, SPEC_VERSION, Signature, Snapshot, TargetFile,
     Targets, Timestamp, Version, time,
 };
+use super::store::Store;
 use crate::commit::{Commit, Sha256};
 
 pub(crate) const HARDWARE: &str = "qemu-x86_64";
@@ -122,6 +126,33 @@ pub(crate) fn announce(version: Version, bytes: &[u8]) -> MetaFile {
     }
 }
 
+/// What a device looks for.
+pub(crate) fn newest(channel: &str) -> Newest {
+    Newest {
+        channel: self::channel(channel),
+        hardware: hardware(),
+    }
+}
+
+/// Carries the refresh out until it is done; `answer` is the transport, and hears whether the request may be conditional.
+pub(crate) fn carry_out<G: Goal>(
+    mut refresh: Refresh<G>,
+    store: &mut Store,
+    mut answer: impl FnMut(&str, bool) -> Reply,
+) -> Result<Refresh<G>, Refusal> {
+    loop {
+        let reply = match refresh.want() {
+            Want::Poll {
+                path, conditional, ..
+            } => answer(path, conditional),
+            Want::File { path, .. } => answer(&path, false),
+            Want::Keep => refresh.keep(store).unwrap(),
+            Want::Done => return Ok(refresh),
+        };
+        refresh = refresh.supply(reply)?;
+    }
+}
+
 impl Repository {
     /// Root 1 and one release in each of two channels, published once.
     pub(crate) fn new() -> Self {
@@ -160,6 +191,7 @@ impl Repository {
             signers: signers(&[seed], 1),
             terminating: true,
             paths: vec![format!("{name}/*/*")],
+            path_hash_prefixes: Vec::new(),
         };
         let delegations = Delegations {
             keys: keys(&[STABLE_KEY, BETA_KEY]),

@@ -1,24 +1,28 @@
-//! One refresh, as a conversation: it says what it [wants](Want), a transport gives it a [`Reply`], and it refuses or goes on.
+//! One refresh, as a conversation: it says what it [wants](Want), is given a [`Reply`], and refuses or goes on.
 //!
-//! An idle poll is one conditional request for `timestamp.json`, and if nothing is newer the roots are not asked either: whoever
-//! publishes a root signs a new timestamp. If the body is new, the chain of roots is walked first, so that the
-//! keys by which it is judged are the newest: a signature that then fails is final. Then snapshot, targets, channel and manifest, each
-//! only if the copy on the device is not the one that is announced. Roots are kept one by one, all else once, in [`Refresh::finish`].
+//! The order is the specification's, but for one thing. An idle poll is one conditional request for `timestamp.json`: if that is the
+//! one at hand, and all that it announces is at hand and stands, no root is asked for, since whoever publishes a root signs a new
+//! timestamp. In any other case the chain of roots is walked first, so that the keys by which the timestamp is judged are the
+//! newest: a signature that then fails is final. [`Refresh::roots_first`] asks for roots first in every case. Each document is kept as
+//! soon as it is accepted (5.3.8, 5.4.5, 5.5.7, 5.6.6), and fetched only if the copy on the device is not the one that is announced.
 //!
 //! Does no I/O, has no clock, and knows no address: paths are relative to the server's root. Retries are the transport's.
+
+use std::collections::BTreeSet;
 
 use jiff::Timestamp as Time;
 
 use super::Refusal;
-use super::schema::{HardwareId, RoleName, Root, Snapshot, Targets, Timestamp, Version};
+use super::goal::Goal;
+use super::schema::{Root, Snapshot, Timestamp, Version};
 use super::store::{self, Files, Store};
-use super::verify::{self, Channel, CurrentRoot, Entry, Floors, Release, Verified};
+use super::verify::{self, CurrentRoot, Delegated, Floors, Role, Search, Target, Verified};
 
 const TIMESTAMP: &str = "metadata/timestamp.json";
 
 /// What a refresh needs next.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Want<'a> {
+pub enum Want {
     /// `metadata/timestamp.json`. `conditional`: the device holds one, so the transport may send the `ETag` of the last refresh
     /// that was *finished*; else it must not.
     Poll {
@@ -32,8 +36,8 @@ pub enum Want<'a> {
         limit: u64,
         missing_is_ok: bool,
     },
-    /// [`Store::persist_root`] with these bytes, then [`Reply::Kept`].
-    KeepRoot(&'a [u8]),
+    /// [`Refresh::keep`], which gives the reply.
+    Keep,
     /// [`Refresh::finish`].
     Done,
 }
@@ -48,65 +52,82 @@ pub enum Reply {
 
 /// A conversation. A refusal ends it.
 #[derive(Debug)]
-pub struct Refresh {
-    channel: RoleName,
-    hardware: HardwareId,
+pub struct Refresh<G: Goal> {
+    goal: G,
     system: Time,
     built: Time,
     held: Files,
     held_timestamp: Option<Version>,
     root: Verified<Root>,
     floors: Floors,
-    state: State,
+    /// No newer root is to be asked for.
+    walked: bool,
+    /// Every role that any search of this refresh has visited.
+    visited: BTreeSet<String>,
+    unchanged: bool,
+    state: State<G>,
 }
 
 /// What a finished refresh found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
-    /// The newest release of the channel for the hardware, if it has any.
-    pub release: Option<Verified<Release>>,
+pub struct Outcome<T> {
+    /// For a device, the newest release of the channel for the hardware, if it has any.
+    pub found: Option<T>,
     /// Nothing on the server is newer than what the device held.
     pub unchanged: bool,
 }
 
 #[derive(Debug)]
-enum State {
+enum State<G: Goal> {
     Poll,
-    /// Is there a newer root? Whether or not, the timestamp is judged after it.
+    /// Is there a newer root? Whether or not, the timestamp is judged after it; without one, it is fetched.
     Root {
         ask: Ask,
-        timestamp: Vec<u8>,
-        hops: u32,
-    },
-    KeepRoot {
-        root: Verified<Root>,
-        bytes: Vec<u8>,
-        timestamp: Vec<u8>,
+        timestamp: Option<Vec<u8>>,
         hops: u32,
     },
     Snapshot {
         ask: Ask,
         fresh: Fresh,
     },
-    Targets {
-        ask: Ask,
-        fresh: Fresh,
-        snapshot: Document<Snapshot>,
-    },
-    Channel {
-        ask: Ask,
-        fresh: Fresh,
-        snapshot: Document<Snapshot>,
-        targets: Document<Targets>,
-    },
-    Manifest {
+    Role {
         ask: Ask,
         chain: Box<Chain>,
-        entry: Verified<Entry>,
+        search: Search,
+        delegated: Delegated,
     },
+    Target {
+        ask: Ask,
+        chain: Box<Chain>,
+        target: G::Target,
+    },
+    Keep(Box<Accepted<G>>),
     Done {
         chain: Box<Chain>,
-        release: Option<Document<Release>>,
+        found: Option<G::Found>,
+    },
+}
+
+/// What is to be kept before the refresh goes on.
+#[derive(Debug)]
+enum Accepted<G: Goal> {
+    Root {
+        root: Document<Verified<Root>>,
+        timestamp: Option<Vec<u8>>,
+        hops: u32,
+    },
+    Timestamp(Fresh),
+    Snapshot(Box<Chain>),
+    Role {
+        chain: Box<Chain>,
+        search: Search,
+        role: Document<Role>,
+    },
+    Target {
+        chain: Box<Chain>,
+        name: &'static str,
+        bytes: Vec<u8>,
+        found: G::Found,
     },
 }
 
@@ -119,67 +140,57 @@ struct Ask {
 #[derive(Debug)]
 struct Document<T> {
     bytes: Vec<u8>,
-    verified: Verified<T>,
+    verified: T,
 }
 
 #[derive(Debug)]
 struct Fresh {
     root: CurrentRoot,
-    timestamp: Document<Timestamp>,
+    timestamp: Document<Verified<Timestamp>>,
 }
 
 #[derive(Debug)]
 struct Chain {
-    fresh: Fresh,
-    snapshot: Document<Snapshot>,
-    targets: Document<Targets>,
-    channel: Vec<u8>,
+    root: CurrentRoot,
+    snapshot: Document<Verified<Snapshot>>,
 }
 
-impl Refresh {
-    /// `system` is the system's time, `built` the image's: the floor of the clock is taken from the store.
-    pub fn new(
-        store: &Store,
-        channel: RoleName,
-        hardware: HardwareId,
-        system: Time,
-        built: Time,
-    ) -> Self {
+impl<G: Goal> Refresh<G> {
+    /// 5.1: `system` is the system's time, `built` the image's; the floor of the clock is taken from the store.
+    pub fn new(store: &Store, goal: G, system: Time, built: Time) -> Self {
         Self {
-            channel,
-            hardware,
+            goal,
             system,
             built,
             held: store.files().clone(),
             held_timestamp: store.timestamp().map(|timestamp| timestamp.version),
             root: store.root().clone(),
             floors: store.floors().clone(),
+            walked: false,
+            visited: BTreeSet::new(),
+            unchanged: true,
             state: State::Poll,
         }
     }
 
-    pub fn want(&self) -> Want<'_> {
-        let file = |ask: &Ask| Want::File {
-            path: ask.path.clone(),
-            limit: ask.limit,
-            missing_is_ok: false,
-        };
+    /// Asks for newer roots before anything else, as the specification has it.
+    pub fn roots_first(mut self) -> Result<Self, Refusal> {
+        self.state = self.next_root(None, 0)?;
+        Ok(self)
+    }
+
+    pub fn want(&self) -> Want {
         match &self.state {
             State::Poll => Want::Poll {
                 path: TIMESTAMP,
                 limit: verify::TIMESTAMP_LIMIT,
                 conditional: self.held_timestamp.is_some(),
             },
-            State::Root { ask, .. } => Want::File {
-                path: ask.path.clone(),
-                limit: ask.limit,
-                missing_is_ok: true,
-            },
-            State::KeepRoot { bytes, .. } => Want::KeepRoot(bytes),
-            State::Snapshot { ask, .. }
-            | State::Targets { ask, .. }
-            | State::Channel { ask, .. }
-            | State::Manifest { ask, .. } => file(ask),
+            State::Root { ask, .. } => ask.want(true),
+            State::Snapshot { ask, .. } | State::Role { ask, .. } | State::Target { ask, .. } => {
+                ask.want(false)
+            }
+            State::Keep(_) => Want::Keep,
             State::Done { .. } => Want::Done,
         }
     }
@@ -189,7 +200,7 @@ impl Refresh {
         self.state = match std::mem::replace(&mut self.state, State::Poll) {
             State::Poll => self.polled(reply)?,
             State::Root { timestamp, .. } if reply == Reply::NotFound => {
-                self.judge_new(timestamp)?
+                self.roots_walked(timestamp)?
             }
             State::Root {
                 ask,
@@ -197,113 +208,197 @@ impl Refresh {
                 hops,
             } => {
                 let bytes = ask.body(reply)?;
-                State::KeepRoot {
-                    root: verify::accept_root(&self.root, &bytes)?,
-                    bytes,
+                let verified = verify::accept_root(&self.root, &bytes)?;
+                keep(Accepted::Root {
+                    root: Document { bytes, verified },
                     timestamp,
                     hops,
-                }
+                })
             }
-            State::KeepRoot {
-                root,
-                timestamp,
-                hops,
-                ..
-            } if reply == Reply::Kept => {
-                self.floors = std::mem::take(&mut self.floors).under(&root);
-                self.root = root;
-                self.next_root(timestamp, hops + 1)?
-            }
-            State::Snapshot { ask, fresh } => self.snapshot(fresh, ask.body(reply)?)?,
-            State::Targets {
-                ask,
-                fresh,
-                snapshot,
-            } => self.targets(fresh, snapshot, ask.body(reply)?)?,
-            State::Channel {
-                ask,
-                fresh,
-                snapshot,
-                targets,
-            } => self.channel(fresh, snapshot, targets, ask.body(reply)?)?,
-            State::Manifest { ask, chain, entry } => {
+            State::Snapshot { ask, fresh } => {
                 let bytes = ask.body(reply)?;
-                State::Done {
+                let verified = self.accept_snapshot(&fresh, &bytes)?;
+                keep(Accepted::Snapshot(Box::new(Chain {
+                    root: fresh.root,
+                    snapshot: Document { bytes, verified },
+                })))
+            }
+            State::Role {
+                ask,
+                chain,
+                search,
+                delegated,
+            } => {
+                let bytes = ask.body(reply)?;
+                let verified = chain.accept_role(&delegated, &bytes)?;
+                keep(Accepted::Role {
                     chain,
-                    release: Some(Document {
-                        verified: verify::accept_manifest(&entry, &bytes)?,
+                    search,
+                    role: Document { bytes, verified },
+                })
+            }
+            State::Target { ask, chain, target } => {
+                let bytes = ask.body(reply)?;
+                let found = G::accept(&target, bytes.clone())?;
+                match G::KEPT_AS {
+                    Some(name) => keep(Accepted::Target {
+                        chain,
+                        name,
                         bytes,
+                        found,
                     }),
+                    None => State::Done {
+                        chain,
+                        found: Some(found),
+                    },
                 }
             }
-            State::KeepRoot { .. } => return Err(reply.out_of_turn("root.json")),
+            State::Keep(accepted) if reply == Reply::Kept => self.kept(*accepted)?,
+            State::Keep(_) => return Err(reply.out_of_turn("to be kept")),
             State::Done { .. } => return Err(reply.out_of_turn("nothing")),
         };
         Ok(self)
     }
 
-    /// Keeps what was verified, all of it at once; an idle poll writes nothing.
-    pub fn finish(self, store: &mut Store) -> anyhow::Result<Outcome> {
-        let State::Done { chain, release } = self.state else {
-            anyhow::bail!("the refresh is not done: supply what it wants first");
+    /// Keeps what was just accepted.
+    pub fn keep(&self, store: &mut Store) -> anyhow::Result<Reply> {
+        let State::Keep(accepted) = &self.state else {
+            anyhow::bail!("nothing is to be kept: supply what the refresh wants");
         };
-        let (release, manifest) = release
-            .map(|release| (release.verified, release.bytes))
-            .unzip();
-        let files = Files {
-            timestamp: Some(chain.fresh.timestamp.bytes),
-            snapshot: Some(chain.snapshot.bytes),
-            targets: Some(chain.targets.bytes),
-            channels: [(self.channel, chain.channel)].into(),
-            manifest,
-        };
-        let unchanged = files == self.held;
-        store.persist(
-            files,
-            &chain.fresh.timestamp.verified,
-            &chain.snapshot.verified,
-        )?;
-        Ok(Outcome { release, unchanged })
+        match &**accepted {
+            Accepted::Root { root, .. } => store.keep_root(&root.bytes)?,
+            Accepted::Timestamp(Fresh { timestamp, .. }) => {
+                store.keep_timestamp(&timestamp.bytes, &timestamp.verified)?;
+            }
+            Accepted::Snapshot(chain) => {
+                store.keep_snapshot(&chain.snapshot.bytes, &chain.snapshot.verified)?;
+            }
+            Accepted::Role { role, .. } => store.keep_role(role.verified.name(), &role.bytes)?,
+            Accepted::Target { name, bytes, .. } => store.keep_target(name, bytes)?,
+        }
+        Ok(Reply::Kept)
     }
 
-    fn polled(&mut self, reply: Reply) -> Result<State, Refusal> {
-        let held = self
-            .held
-            .timestamp
-            .take_if(|_| self.held_timestamp.is_some());
-        let body = match (reply, held) {
-            // The copy on the device, whether the server or the bytes say so.
-            (Reply::NotModified, Some(held)) => return self.judge_held(held),
-            (Reply::Body(body), Some(held)) if body == held => return self.judge_held(held),
-            (reply, held) => {
-                self.held.timestamp = held;
-                Ask {
-                    path: TIMESTAMP.to_owned(),
-                    limit: verify::TIMESTAMP_LIMIT,
-                }
-                .body(reply)?
+    fn kept(&mut self, accepted: Accepted<G>) -> Result<State<G>, Refusal> {
+        self.unchanged &= matches!(accepted, Accepted::Root { .. });
+        let floors = std::mem::take(&mut self.floors);
+        match accepted {
+            Accepted::Root {
+                root,
+                timestamp,
+                hops,
+            } => {
+                self.root = root.verified;
+                self.floors = floors;
+                self.forget_fallen();
+                self.floors = std::mem::take(&mut self.floors).raised_by(&self.root, None, None);
+                self.next_root(timestamp, hops + 1)
             }
-        };
-        self.next_root(body, 0)
-    }
-
-    /// The timestamp that was verified before, at this time. The roots are asked only if the one at hand has expired.
-    fn judge_held(&mut self, bytes: Vec<u8>) -> Result<State, Refusal> {
-        self.held.timestamp = Some(bytes.clone());
-        match self.current_root() {
-            Ok(root) => {
-                let verified = verify::accept_timestamp(&root, &self.floors, &bytes)?;
-                self.after_timestamp(Fresh {
-                    root,
-                    timestamp: Document { bytes, verified },
-                })
+            Accepted::Timestamp(fresh) => {
+                let timestamp = &fresh.timestamp.verified;
+                self.floors = floors.raised_by(&self.root, Some(timestamp), None);
+                self.after_timestamp(fresh)
             }
-            Err(_) => self.next_root(bytes, 0),
+            Accepted::Snapshot(chain) => {
+                let snapshot = &chain.snapshot.verified;
+                self.floors = floors.raised_by(&self.root, None, Some(snapshot));
+                self.search(chain)
+            }
+            Accepted::Role {
+                chain,
+                search,
+                role,
+            } => {
+                self.floors = floors;
+                let name = role.verified.name().to_owned();
+                self.held.roles.insert(name, role.bytes);
+                self.visit(chain, search, &role.verified)
+            }
+            Accepted::Target { chain, found, .. } => {
+                self.floors = floors;
+                let found = Some(found);
+                Ok(State::Done { chain, found })
+            }
         }
     }
 
+    /// A device forgets what did not lead to its goal. An idle poll writes nothing.
+    pub fn finish(self, store: &mut Store) -> anyhow::Result<Outcome<G::Found>> {
+        let State::Done { found, .. } = self.state else {
+            anyhow::bail!("the refresh is not done: supply what it wants first");
+        };
+        if G::KEPT_AS.is_some() {
+            store.forget_all_but(&self.visited, found.is_some())?;
+        }
+        Ok(Outcome {
+            found,
+            unchanged: self.unchanged,
+        })
+    }
+
+    /// When it is done, what it found, and a refresh that looks for something else in the same metadata. `copy` is what may be the
+    /// file already.
+    pub fn look_for<H: Goal>(
+        self,
+        goal: H,
+        copy: Option<Vec<u8>>,
+    ) -> Result<(Option<G::Found>, Refresh<H>), Refusal> {
+        let State::Done { chain, found } = self.state else {
+            return Err(Refusal::OutOfTurn {
+                want: "more of the refresh".to_owned(),
+                reply: "another goal",
+            });
+        };
+        let mut refresh = Refresh {
+            goal,
+            system: self.system,
+            built: self.built,
+            held: Files {
+                target: copy,
+                ..self.held
+            },
+            held_timestamp: self.held_timestamp,
+            root: self.root,
+            floors: self.floors,
+            walked: self.walked,
+            visited: self.visited,
+            unchanged: self.unchanged,
+            state: State::Poll,
+        };
+        refresh.state = refresh.search(chain)?;
+        Ok((found, refresh))
+    }
+
+    /// 5.4.1. The copy on the device is the one, whether the server or the bytes say so.
+    fn polled(&mut self, reply: Reply) -> Result<State<G>, Refusal> {
+        let held = self
+            .held
+            .timestamp
+            .clone()
+            .filter(|_| self.held_timestamp.is_some());
+        let body = match (reply, &held) {
+            (Reply::NotModified, Some(held)) => held.clone(),
+            (reply, _) => Ask {
+                path: TIMESTAMP.to_owned(),
+                limit: verify::TIMESTAMP_LIMIT,
+            }
+            .body(reply)?,
+        };
+        if self.walked {
+            return self.judge(body);
+        }
+        if Some(&body) == held.as_ref() {
+            match self.judge(body.clone()) {
+                Ok(state) if !state.asks_for_top_level() => return Ok(state),
+                // It may be a newer root that is missing.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        self.next_root(Some(body), 0)
+    }
+
     /// 5.3.3
-    fn next_root(&mut self, timestamp: Vec<u8>, hops: u32) -> Result<State, Refusal> {
+    fn next_root(&mut self, timestamp: Option<Vec<u8>>, hops: u32) -> Result<State<G>, Refusal> {
         match self.root.version.next() {
             Some(next) if hops < verify::ROOT_HOPS => {
                 let ask = Ask {
@@ -316,36 +411,55 @@ impl Refresh {
                     hops,
                 })
             }
-            Some(_) | None => self.judge_new(timestamp),
+            Some(_) | None => self.roots_walked(timestamp),
         }
     }
 
-    fn judge_new(&mut self, bytes: Vec<u8>) -> Result<State, Refusal> {
-        self.floors = std::mem::take(&mut self.floors).under(&self.root);
+    fn roots_walked(&mut self, timestamp: Option<Vec<u8>>) -> Result<State<G>, Refusal> {
+        self.walked = true;
+        match timestamp {
+            Some(timestamp) => self.judge(timestamp),
+            None => {
+                // 5.3.10, before the next request.
+                self.current_root()?;
+                Ok(State::Poll)
+            }
+        }
+    }
+
+    /// 5.3.11, as the store does it.
+    fn forget_fallen(&mut self) {
+        if self.floors.fall_with(&self.root) {
+            self.floors = std::mem::take(&mut self.floors).under(&self.root);
+            self.held_timestamp = None;
+            self.held.timestamp = None;
+            self.held.snapshot = None;
+        }
+    }
+
+    /// The timestamp, under the newest root there is.
+    fn judge(&mut self, bytes: Vec<u8>) -> Result<State<G>, Refusal> {
         let root = self.current_root()?;
         let verified = verify::accept_timestamp(&root, &self.floors, &bytes)?;
-        // 5.4.3: of two with one version the first is kept, as long as the root's keys still sign for it.
+        // 5.4.3.1: of two with one version the first is kept, as long as the root's keys still sign for it. The refresh goes on with
+        // it, because an earlier one may have ended here.
         if let Some(held) = self.held.timestamp.clone()
             && self.held_timestamp == Some(verified.version)
         {
             match verify::accept_timestamp(&root, &self.floors, &held) {
                 Ok(verified) => {
-                    return self.after_timestamp(Fresh {
-                        root,
-                        timestamp: Document {
-                            bytes: held,
-                            verified,
-                        },
-                    });
+                    let timestamp = Document {
+                        bytes: held,
+                        verified,
+                    };
+                    return self.after_timestamp(Fresh { root, timestamp });
                 }
                 Err(refusal @ Refusal::Expired { .. }) => return Err(refusal),
                 Err(_) => {}
             }
         }
-        self.after_timestamp(Fresh {
-            root,
-            timestamp: Document { bytes, verified },
-        })
+        let timestamp = Document { bytes, verified };
+        Ok(keep(Accepted::Timestamp(Fresh { root, timestamp })))
     }
 
     /// 5.3.10, and that a root which was lost is found again before anything else is believed.
@@ -364,161 +478,86 @@ impl Refresh {
         )
     }
 
-    fn after_timestamp(&mut self, fresh: Fresh) -> Result<State, Refusal> {
-        if let Some(bytes) = self.held.snapshot.clone() {
-            let held = verify::accept_snapshot(
-                &fresh.root,
-                &fresh.timestamp.verified,
-                &self.floors,
-                &bytes,
-            );
-            if let Some(verified) = usable(held)? {
-                return self.after_snapshot(fresh, Document { bytes, verified });
-            }
-        }
-        let path = self.metadata_path(
-            "snapshot",
-            verify::snapshot_file(&fresh.timestamp.verified)?.version,
-        );
-        let limit = verify::snapshot_limit(&fresh.timestamp.verified)?;
-        Ok(State::Snapshot {
-            ask: Ask { path, limit },
-            fresh,
-        })
+    fn accept_snapshot(&self, fresh: &Fresh, bytes: &[u8]) -> Result<Verified<Snapshot>, Refusal> {
+        verify::accept_snapshot(&fresh.root, &fresh.timestamp.verified, &self.floors, bytes)
     }
 
-    fn snapshot(&mut self, fresh: Fresh, bytes: Vec<u8>) -> Result<State, Refusal> {
-        let verified =
-            verify::accept_snapshot(&fresh.root, &fresh.timestamp.verified, &self.floors, &bytes)?;
-        self.after_snapshot(fresh, Document { bytes, verified })
-    }
-
-    fn after_snapshot(
-        &mut self,
-        fresh: Fresh,
-        snapshot: Document<Snapshot>,
-    ) -> Result<State, Refusal> {
-        if let Some(bytes) = self.held.targets.clone()
-            && let Some(verified) = usable(verify::accept_targets(
-                &fresh.root,
-                &snapshot.verified,
-                &bytes,
-            ))?
+    fn after_timestamp(&mut self, fresh: Fresh) -> Result<State<G>, Refusal> {
+        if let Some(bytes) = self.held.snapshot.clone()
+            && let Some(verified) = usable(self.accept_snapshot(&fresh, &bytes))?
         {
-            return self.after_targets(fresh, snapshot, Document { bytes, verified });
+            return self.search(Box::new(Chain {
+                root: fresh.root,
+                snapshot: Document { bytes, verified },
+            }));
         }
-        let ask = self.ask_role(&snapshot.verified, "targets")?;
-        Ok(State::Targets {
-            ask,
-            fresh,
-            snapshot,
-        })
-    }
-
-    fn targets(
-        &mut self,
-        fresh: Fresh,
-        snapshot: Document<Snapshot>,
-        bytes: Vec<u8>,
-    ) -> Result<State, Refusal> {
-        let verified = verify::accept_targets(&fresh.root, &snapshot.verified, &bytes)?;
-        self.after_targets(fresh, snapshot, Document { bytes, verified })
-    }
-
-    fn after_targets(
-        &mut self,
-        fresh: Fresh,
-        snapshot: Document<Snapshot>,
-        targets: Document<Targets>,
-    ) -> Result<State, Refusal> {
-        verify::is_channel(&snapshot.verified, &targets.verified, &self.channel)?;
-        if let Some(bytes) = self.held.channels.get(&self.channel).cloned() {
-            let held = verify::accept_channel(
-                &fresh.root,
-                &snapshot.verified,
-                &targets.verified,
-                &self.channel,
-                &bytes,
-            );
-            if let Some(channel) = usable(held)? {
-                return self.after_channel(
-                    Chain {
-                        fresh,
-                        snapshot,
-                        targets,
-                        channel: bytes,
-                    },
-                    &channel,
-                );
-            }
-        }
-        let ask = self.ask_role(&snapshot.verified, self.channel.as_str())?;
-        Ok(State::Channel {
-            ask,
-            fresh,
-            snapshot,
-            targets,
-        })
-    }
-
-    fn channel(
-        &mut self,
-        fresh: Fresh,
-        snapshot: Document<Snapshot>,
-        targets: Document<Targets>,
-        bytes: Vec<u8>,
-    ) -> Result<State, Refusal> {
-        let channel = verify::accept_channel(
-            &fresh.root,
-            &snapshot.verified,
-            &targets.verified,
-            &self.channel,
-            &bytes,
-        )?;
-        self.after_channel(
-            Chain {
-                fresh,
-                snapshot,
-                targets,
-                channel: bytes,
-            },
-            &channel,
-        )
-    }
-
-    fn after_channel(&mut self, chain: Chain, channel: &Channel) -> Result<State, Refusal> {
-        let chain = Box::new(chain);
-        let Some(entry) = channel.newest(&self.hardware)? else {
-            return Ok(State::Done {
-                chain,
-                release: None,
-            });
+        let announced = verify::snapshot_file(&fresh.timestamp.verified)?;
+        let ask = Ask {
+            path: self.metadata_path("snapshot", announced.version),
+            limit: verify::snapshot_limit(&fresh.timestamp.verified)?,
         };
-        if let Some(bytes) = self.held.manifest.clone()
-            && let Some(verified) = usable(verify::accept_manifest(&entry, &bytes))?
+        Ok(State::Snapshot { ask, fresh })
+    }
+
+    /// 5.6, from the top-level targets.
+    fn search(&mut self, chain: Box<Chain>) -> Result<State<G>, Refusal> {
+        let search = Search::new(&chain.root, self.goal.wanted())?;
+        self.search_on(chain, search)
+    }
+
+    fn search_on(&mut self, chain: Box<Chain>, mut search: Search) -> Result<State<G>, Refusal> {
+        let Some(delegated) = search.next_role()? else {
+            self.goal.missing(search.visited())?;
+            return Ok(State::Done { chain, found: None });
+        };
+        let name = delegated.name();
+        let announced = verify::role_file(&chain.snapshot.verified, name)?;
+        if let Some(bytes) = self.held.roles.get(name)
+            && let Some(role) = usable(chain.accept_role(&delegated, bytes))?
         {
-            return Ok(State::Done {
-                chain,
-                release: Some(Document { bytes, verified }),
-            });
+            return self.visit(chain, search, &role);
         }
         let ask = Ask {
-            path: self.manifest_path(&entry),
-            limit: verify::manifest_limit(&entry)?,
+            path: self.metadata_path(name, announced.version),
+            limit: verify::targets_limit(&chain.snapshot.verified, name)?,
         };
-        Ok(State::Manifest { ask, chain, entry })
+        Ok(State::Role {
+            ask,
+            chain,
+            search,
+            delegated,
+        })
     }
 
-    fn ask_role(&self, snapshot: &Verified<Snapshot>, role: &str) -> Result<Ask, Refusal> {
-        let path = self.metadata_path(role, verify::role_file(snapshot, role)?.version);
-        Ok(Ask {
-            path,
-            limit: verify::targets_limit(snapshot, role)?,
-        })
+    /// 5.6.7.1
+    fn visit(
+        &mut self,
+        chain: Box<Chain>,
+        mut search: Search,
+        role: &Role,
+    ) -> Result<State<G>, Refusal> {
+        self.visited.insert(role.name().to_owned());
+        let Some(target) = self.goal.sought(role)? else {
+            search.descend(role, |delegated| self.goal.leads(role, delegated));
+            return self.search_on(chain, search);
+        };
+        let file = G::file(&target);
+        if let Some(bytes) = self.held.target.clone()
+            && verify::accept_target(&file, &bytes).is_ok()
+        {
+            let found = Some(G::accept(&target, bytes)?);
+            return Ok(State::Done { chain, found });
+        }
+        let ask = Ask {
+            path: self.target_path(&file)?,
+            limit: verify::limit(&file.path, Some(file.file.length), G::LIMIT)?,
+        };
+        Ok(State::Target { ask, chain, target })
     }
 
     /// 5.3.12
     fn metadata_path(&self, role: &str, version: Version) -> String {
+        let role = quoted(role);
         if self.root.consistent_snapshot {
             format!("metadata/{version}.{role}.json")
         } else {
@@ -527,18 +566,59 @@ impl Refresh {
     }
 
     /// 5.7.3
-    fn manifest_path(&self, entry: &Entry) -> String {
-        let path = entry.manifest_path();
-        match path.rsplit_once('/') {
-            Some((folder, file)) if self.root.consistent_snapshot => {
-                format!("targets/{folder}/{}.{file}", entry.manifest.sha256)
-            }
-            _ => format!("targets/{path}"),
+    fn target_path(&self, target: &Target) -> Result<String, Refusal> {
+        let segments: Vec<_> = target.path.split('/').map(quoted).collect();
+        let path = segments.join("/");
+        if !self.root.consistent_snapshot {
+            return Ok(format!("targets/{path}"));
+        }
+        let hashes = &target.file.hashes;
+        let hash = hashes
+            .get("sha256")
+            .or_else(|| hashes.values().next())
+            .ok_or_else(|| Refusal::NoHash {
+                role: target.path.clone(),
+            })?;
+        Ok(match path.rsplit_once('/') {
+            Some((folder, file)) => format!("targets/{folder}/{hash}.{file}"),
+            None => format!("targets/{hash}.{path}"),
+        })
+    }
+}
+
+impl<G: Goal> State<G> {
+    fn asks_for_top_level(&self) -> bool {
+        match self {
+            Self::Snapshot { .. } => true,
+            Self::Role { delegated, .. } => delegated.name() == "targets",
+            Self::Poll
+            | Self::Root { .. }
+            | Self::Target { .. }
+            | Self::Keep(_)
+            | Self::Done { .. } => false,
         }
     }
 }
 
+fn keep<G: Goal>(accepted: Accepted<G>) -> State<G> {
+    State::Keep(Box::new(accepted))
+}
+
+impl Chain {
+    fn accept_role(&self, delegated: &Delegated, bytes: &[u8]) -> Result<Role, Refusal> {
+        verify::accept_role(&self.root, &self.snapshot.verified, delegated, bytes)
+    }
+}
+
 impl Ask {
+    fn want(&self, missing_is_ok: bool) -> Want {
+        Want::File {
+            path: self.path.clone(),
+            limit: self.limit,
+            missing_is_ok,
+        }
+    }
+
     fn body(self, reply: Reply) -> Result<Vec<u8>, Refusal> {
         match reply {
             Reply::Body(body) if body.len() as u64 > self.limit => Err(Refusal::TooLong {
@@ -574,6 +654,20 @@ fn usable<T>(held: Result<T, Refusal>) -> Result<Option<T>, Refusal> {
         Err(refusal @ Refusal::Expired { .. }) => Err(refusal),
         Err(_) => Ok(None),
     }
+}
+
+/// A name as one segment of a URL, and of a file's path: the role `../a` is the file `..%2Fa.json`.
+pub(super) fn quoted(name: &str) -> String {
+    let mut text = String::new();
+    for byte in name.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                text.push(char::from(byte));
+            }
+            _ => text.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    text
 }
 
 #[cfg(test)]

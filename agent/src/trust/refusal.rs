@@ -48,7 +48,20 @@ pub enum Refusal {
         keys: usize,
     },
 
+    #[error("{role} metadata delegates twice to {name:?}: sign it again with each role once")]
+    DuplicateDelegation { role: String, name: String },
+    #[error(
+        "{role} metadata delegates to {name:?}, which no role may be called: use another name, of at most 64 bytes"
+    )]
+    BadRoleName { role: String, name: String },
+    #[error(
+        "{role} metadata delegates to {name:?} both by paths and by path_hash_prefixes: sign it again with one of them"
+    )]
+    TwoScopes { role: String, name: String },
+
     // The signatures.
+    #[error("{role} metadata has two signatures of the key id {keyid}: sign it once with each key")]
+    DuplicateSignature { role: String, keyid: String },
     #[error(
         "{role} metadata is signed by {have} of the {need} keys it needs: sign it with more keys of the role, or rotate the root"
     )]
@@ -92,7 +105,14 @@ pub enum Refusal {
     #[error("{role} is announced with the hash {algorithm:?}: announce sha256 or sha512")]
     UnknownHash { role: String, algorithm: String },
 
-    // Channels and releases.
+    #[error("{role} is announced without a hash: announce its sha256")]
+    NoHash { role: String },
+
+    // Targets, channels and releases.
+    #[error("no role that may sign for it has {path:?}: publish it, or ask for another path")]
+    NoSuchTarget { path: String },
+    #[error("the search for {wanted} has seen {limit} roles: delegate in a flatter way")]
+    TooManyRoles { wanted: String, limit: usize },
     #[error(
         "targets do not delegate the channel {channel}: publish the channel, or change `channel` in the configuration"
     )]

@@ -44,6 +44,8 @@ pub struct Key {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyValue {
+    /// Hexadecimal digits (ed25519), or SubjectPublicKeyInfo in PEM (ecdsa, rsa). Kinds of keys that are unknown here may have none.
+    #[serde(default)]
     pub public: String,
 }
 
@@ -142,9 +144,12 @@ pub struct Delegation {
     pub signers: RoleKeys,
     #[serde(default)]
     pub terminating: bool,
-    /// Patterns in which `*` stands for any characters but `/`, and `?` for one. A delegation by hash prefix has none.
-    #[serde(default)]
+    /// Patterns in which `*` stands for any characters but `/`, and `?` for one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub paths: Vec<String>,
+    /// Instead of `paths`: how the sha256 of a target's path begins, in hexadecimal digits.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub path_hash_prefixes: Vec<String>,
 }
 
 /// `custom.offshoot` of the target `<channel>/<hardware>/<version>.commit`.
@@ -693,6 +698,7 @@ mod tests {
                     signers: signers.clone(),
                     terminating: true,
                     paths: vec!["stable/*/*".into()],
+                    path_hash_prefixes: vec![],
                 }],
             }),
         };

@@ -1,19 +1,23 @@
 //! The metadata that a device has accepted, and the floors below which it believes nothing.
 //!
-//! One directory: `root.json`, `timestamp.json`, `snapshot.json`, `targets.json`, `<channel>.json` and `manifest` (that of the
-//! release last seen) byte for byte as they came, and `floors`: the sha256 of what follows it, a newline, and canonical JSON.
+//! One directory: `root.json`, `timestamp.json`, `snapshot.json`, `targets.json`, `<role>.json` (of a device, its channel) and
+//! `manifest` (that of the release last seen) byte for byte as they came, and `floors`: the sha256 of what follows it, a newline, and canonical JSON.
 //!
 //! **Across a power cut.** Every file is written beside its place, synced, renamed and the directory synced, so each is the former
-//! or the new. A new root is kept as soon as it is accepted (5.3.8). All else is written only after everything up to the manifest was
-//! verified, with `timestamp.json` last: a cut before it leaves the former timestamp, to which the newer files do not belong,
-//! so they are not used and are fetched again; a cut after it loses nothing.
+//! or the new. Each is kept as soon as it is accepted, in the order root, timestamp, snapshot, targets, channel, manifest, and what
+//! raises a floor is followed by `floors`. A cut between any two leaves what a refusal at that place leaves: newer files above, which
+//! are believed, and former ones below, which are fetched again.
 //!
 //! **Floors.** A version floor has two carriers: the signed files themselves, and `floors`. What counts is the higher, so that one
 //! corrupt file, whichever it is, lowers no floor. A device that loses both is what it was when it left the factory, and says so.
 //!
-//! **Trust in the disk.** Each file is verified again when it is read, under `root.json`, or under the image's root if that is not
-//! older. Expiry is not: what was fresh when it was accepted stays accepted through a reboot. What does not verify is renamed to
-//! `*.corrupt` and reported; it is fetched again.
+//! **The release last accepted.** [`Store::accepted`] asks what the channel and the manifest that are here say together, not whether
+//! the timestamp names them: a newer timestamp whose files could not be had takes nothing back. What a newer channel no longer
+//! lists, it does take back.
+//!
+//! **Trust in the disk.** Each file's signatures are verified again when it is read, under `root.json`, or under the image's root if
+//! that is not older. Expiry is not: what was fresh when it was accepted stays accepted through a reboot. What does not verify is
+//! renamed to `*.corrupt` and reported; it is fetched again.
 //!
 //! **The clock.** `floors` also keeps the latest `issued` of a verified timestamp, and only that. The system's time never enters it:
 //! a clock that was wrong once, in the future, would otherwise expire everything for ever. A clock that went back is a fact, and
@@ -29,8 +33,9 @@ use anyhow::Context as _;
 use jiff::Timestamp as Time;
 use serde::{Deserialize, Serialize};
 
-use super::schema::{HardwareId, RoleName, Root, Snapshot, Timestamp, time};
-use super::verify::{self, CurrentRoot, Floors, Verified};
+use super::refresh::quoted;
+use super::schema::{Envelope, HardwareId, RoleName, Root, Snapshot, Timestamp, time};
+use super::verify::{self, Channel, CurrentRoot, Delegated, Floors, Verified};
 use super::{Refusal, Release, canonical, schema};
 use crate::commit::Sha256;
 
@@ -50,14 +55,15 @@ pub struct Store {
     set_aside: Vec<SetAside>,
 }
 
-/// The bytes of what was verified together.
+/// The bytes of what was verified.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Files {
     pub(super) timestamp: Option<Vec<u8>>,
     pub(super) snapshot: Option<Vec<u8>>,
-    pub(super) targets: Option<Vec<u8>>,
-    pub(super) channels: BTreeMap<RoleName, Vec<u8>>,
-    pub(super) manifest: Option<Vec<u8>>,
+    /// The top-level targets, and what they delegate to.
+    pub(super) roles: BTreeMap<String, Vec<u8>>,
+    /// The file that is looked for: of a device, the manifest.
+    pub(super) target: Option<Vec<u8>>,
 }
 
 /// A file that was found unusable: it is now `<file>.corrupt`.
@@ -108,49 +114,28 @@ impl Store {
         now(system, self.floors.clock.max(Some(built)))
     }
 
-    /// The release that was last accepted for this channel and hardware, without looking at the clock. `None` if it is not all there.
+    /// The release that was last accepted for this channel and hardware, without looking at the clock. `None` if it is not all
+    /// there, or is no longer listed.
     pub fn accepted(
         &self,
         channel: &RoleName,
         hardware: &HardwareId,
     ) -> Result<Option<Verified<Release>>, Refusal> {
-        let Some(timestamp) = &self.timestamp else {
+        let roles = &self.files.roles;
+        let (Some(targets), Some(bytes), Some(manifest)) = (
+            roles.get("targets"),
+            roles.get(channel.as_str()),
+            &self.files.target,
+        ) else {
             return Ok(None);
         };
-        let Files {
-            snapshot: Some(snapshot),
-            targets: Some(targets),
-            channels,
-            manifest: Some(manifest),
-            ..
-        } = &self.files
-        else {
-            return Ok(None);
-        };
-        let Some(bytes) = channels.get(channel) else {
-            return Ok(None);
-        };
-        let root = self.stored_root();
-        let snapshot = verify::accept_snapshot(&root, timestamp, &self.floors, snapshot)?;
-        let targets = verify::accept_targets(&root, &snapshot, targets)?;
-        let channel = verify::accept_channel(&root, &snapshot, &targets, channel, bytes)?;
-        let Some(entry) = channel.newest(hardware)? else {
+        let targets = verify::signed_role(&Delegated::top(&self.stored_root())?, targets)?;
+        let role = verify::signed_role(&verify::channel_role(&targets, channel)?, bytes)?;
+        let channel = Channel::new(channel.clone(), role);
+        let Some(entry) = channel.of_manifest(hardware, manifest)? else {
             return Ok(None);
         };
         verify::accept_manifest(&entry, manifest).map(Some)
-    }
-
-    /// Keeps a root that the trusted one has led to (5.3.8).
-    pub fn persist_root(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
-        let root = verify::accept_root(&self.root, bytes).context("keeping a root")?;
-        self.write("root.json", bytes)?;
-        self.floors = std::mem::take(&mut self.floors).under(&root);
-        self.floors.root = self.floors.root.max(root.version.number());
-        self.root = root;
-        self.write_floors()?;
-        // Of what the keys of before have signed, only what these would sign too is still believed.
-        self.verify_files();
-        Ok(())
     }
 
     pub(super) fn files(&self) -> &Files {
@@ -161,53 +146,101 @@ impl Store {
         self.timestamp.as_ref()
     }
 
-    /// Keeps what a refresh has verified. Writes nothing that is already there.
-    pub(super) fn persist(
+    /// A root that the trusted one has led to (5.3.8).
+    pub(super) fn keep_root(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        let root = verify::accept_root(&self.root, bytes).context("keeping a root")?;
+        self.write("root.json", bytes)?;
+        self.root = root;
+        // Before the floors: they say on the next start, should this be cut off, that there is something to forget.
+        self.forget_fallen()?;
+        self.floors = std::mem::take(&mut self.floors).raised_by(&self.root, None, None);
+        self.write_floors()?;
+        // Of what the keys of before have signed, only what these would sign too is still believed.
+        self.verify_files();
+        Ok(())
+    }
+
+    /// 5.4.5
+    pub(super) fn keep_timestamp(
         &mut self,
-        files: Files,
+        bytes: &[u8],
         timestamp: &Verified<Timestamp>,
+    ) -> anyhow::Result<()> {
+        self.write("timestamp.json", bytes)?;
+        self.files.timestamp = Some(bytes.to_owned());
+        self.timestamp = Some(timestamp.clone());
+        self.raise_floors(Some(timestamp), None)
+    }
+
+    /// 5.5.7
+    pub(super) fn keep_snapshot(
+        &mut self,
+        bytes: &[u8],
         snapshot: &Verified<Snapshot>,
     ) -> anyhow::Result<()> {
-        let held = std::mem::take(&mut self.files);
-        // Until all is written, the store answers as one that holds nothing.
-        self.timestamp = None;
-        for (channel, bytes) in &files.channels {
-            if held.channels.get(channel) != Some(bytes) {
-                self.write(&format!("{channel}.json"), bytes)?;
-            }
+        self.write("snapshot.json", bytes)?;
+        self.files.snapshot = Some(bytes.to_owned());
+        self.raise_floors(None, Some(snapshot))
+    }
+
+    /// 5.6.6
+    pub(super) fn keep_role(&mut self, role: &str, bytes: &[u8]) -> anyhow::Result<()> {
+        self.write(&format!("{}.json", quoted(role)), bytes)?;
+        self.files.roles.insert(role.to_owned(), bytes.to_owned());
+        Ok(())
+    }
+
+    /// 5.7.3
+    pub(super) fn keep_target(&mut self, name: &str, bytes: &[u8]) -> anyhow::Result<()> {
+        self.write(name, bytes)?;
+        self.files.target = Some(bytes.to_owned());
+        Ok(())
+    }
+
+    /// Removes the roles that did not lead to what a device looks for, one of which may be megabytes, and its file if it found none.
+    pub(super) fn forget_all_but(
+        &mut self,
+        roles: &BTreeSet<String>,
+        target: bool,
+    ) -> anyhow::Result<()> {
+        let names: Vec<_> = self.files.roles.keys().cloned().collect();
+        for name in names.iter().filter(|name| !roles.contains(*name)) {
+            self.remove(&format!("{}.json", quoted(name)))?;
+            self.files.roles.remove(name);
         }
-        for (name, former, bytes) in [
-            ("manifest", &held.manifest, &files.manifest),
-            ("targets.json", &held.targets, &files.targets),
-            ("snapshot.json", &held.snapshot, &files.snapshot),
-            ("timestamp.json", &held.timestamp, &files.timestamp),
-        ] {
-            match bytes {
-                Some(bytes) if former.as_ref() != Some(bytes) => self.write(name, bytes)?,
-                Some(_) | None => {}
-            }
+        if !target && self.files.target.is_some() {
+            self.remove("manifest")?;
+            self.files.target = None;
         }
+        Ok(())
+    }
+
+    /// 5.3.11
+    fn forget_fallen(&mut self) -> anyhow::Result<()> {
+        if self.floors.fall_with(&self.root) {
+            self.floors = std::mem::take(&mut self.floors).under(&self.root);
+            self.remove("timestamp.json")?;
+            self.remove("snapshot.json")?;
+            self.timestamp = None;
+            self.files.timestamp = None;
+            self.files.snapshot = None;
+        }
+        Ok(())
+    }
+
+    fn raise_floors(
+        &mut self,
+        timestamp: Option<&Verified<Timestamp>>,
+        snapshot: Option<&Verified<Snapshot>>,
+    ) -> anyhow::Result<()> {
         let floors = self
             .floors
             .clone()
-            .raised_by(&self.root, timestamp, Some(snapshot));
+            .raised_by(&self.root, timestamp, snapshot);
         if floors != self.floors {
             self.floors = floors;
             self.write_floors()?;
         }
-        if held.manifest.is_some() && files.manifest.is_none() {
-            self.remove("manifest")?;
-        }
-        // After the timestamp that needs them no more: one channel's metadata may be megabytes.
-        for channel in held
-            .channels
-            .keys()
-            .filter(|channel| !files.channels.contains_key(*channel))
-        {
-            self.remove(&format!("{channel}.json"))?;
-        }
-        self.files = files;
-        self.timestamp = Some(timestamp.clone());
         Ok(())
     }
 
@@ -233,22 +266,21 @@ impl Store {
             return Ok(());
         };
         match parse_floors(&bytes) {
-            Ok(floors) => self.floors = floors.under(&self.root),
+            Ok(floors) => self.floors = floors,
             Err(why) => self.put_aside("floors", why)?,
         }
+        self.forget_fallen()?;
         // Not of `root.json` alone: if that file is lost, the image's root may not stand in for it for ever.
         self.floors.root = self.floors.root.max(self.root.version.number());
         Ok(())
     }
 
-    /// Each file under the one above it. What verifies, but belongs to another publication, is not corrupt: a cut may leave it.
     fn read_files(&mut self) -> anyhow::Result<()> {
         self.files = Files {
             timestamp: self.read("timestamp.json", verify::TIMESTAMP_LIMIT)?,
             snapshot: self.read("snapshot.json", verify::SNAPSHOT_LIMIT)?,
-            targets: self.read("targets.json", verify::TARGETS_LIMIT)?,
-            channels: self.read_channels()?,
-            manifest: self.read("manifest", verify::MANIFEST_LIMIT)?,
+            roles: self.read_roles()?,
+            target: self.read("manifest", verify::MANIFEST_LIMIT)?,
         };
         for (file, refusal) in self.verify_files() {
             self.put_aside(&file, refusal)?;
@@ -256,72 +288,100 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets each file that does not verify under the one above it, and tells which of them are corrupt. What verifies, but
-    /// belongs to another publication, is not: a power cut may leave it.
+    /// Forgets each file whose signatures do not verify, and raises the floors by the others. Whether one names the other is for
+    /// the refresh to see: a power cut, or a refusal half-way, leaves files of two publications.
     fn verify_files(&mut self) -> Vec<(String, Refusal)> {
         let mut corrupt = Vec::new();
         let root = self.stored_root();
         self.timestamp = None;
-        let Some(bytes) = self.files.timestamp.take() else {
-            return corrupt;
-        };
-        let accepted = verify::accept_timestamp(&root, &self.floors, &bytes);
-        let Some(timestamp) = sift("timestamp.json", accepted, &mut corrupt) else {
-            return corrupt;
-        };
-        self.floors = std::mem::take(&mut self.floors).raised_by(&self.root, &timestamp, None);
-        self.timestamp = Some(timestamp.clone());
-        self.files.timestamp = Some(bytes);
+        let mut sift = |file: &str, refusal| corrupt.push((file.to_owned(), refusal));
 
-        let Some(bytes) = self.files.snapshot.take() else {
-            return corrupt;
-        };
-        let accepted = verify::accept_snapshot(&root, &timestamp, &self.floors, &bytes);
-        let Some(snapshot) = sift("snapshot.json", accepted, &mut corrupt) else {
-            return corrupt;
-        };
-        self.floors =
-            std::mem::take(&mut self.floors).raised_by(&self.root, &timestamp, Some(&snapshot));
-        self.files.snapshot = Some(bytes);
-
-        let Some(bytes) = self.files.targets.take() else {
-            return corrupt;
-        };
-        let accepted = verify::accept_targets(&root, &snapshot, &bytes);
-        let Some(targets) = sift("targets.json", accepted, &mut corrupt) else {
-            return corrupt;
-        };
-        self.files.targets = Some(bytes);
-
-        for (channel, bytes) in std::mem::take(&mut self.files.channels) {
-            let accepted = verify::accept_channel(&root, &snapshot, &targets, &channel, &bytes);
-            if sift(&format!("{channel}.json"), accepted, &mut corrupt).is_some() {
-                self.files.channels.insert(channel, bytes);
+        let accepted = self.files.timestamp.as_deref().map(|bytes| {
+            // Below the floors is a former timestamp, which a cut before the rename leaves behind a written `floors`.
+            verify::accept_timestamp(&root, &self.floors, bytes)
+        });
+        match accepted {
+            Some(Ok(timestamp)) => self.timestamp = Some(timestamp),
+            Some(Err(refusal)) => {
+                self.files.timestamp = None;
+                if !matches!(refusal, Refusal::RolledBack { .. }) {
+                    sift("timestamp.json", refusal);
+                }
             }
+            None => {}
         }
+        let accepted = self.files.snapshot.as_deref();
+        let snapshot = match accepted.map(|bytes| verify::trusted_snapshot(&root, bytes)) {
+            Some(Ok(snapshot)) => Some(snapshot),
+            Some(Err(refusal)) => {
+                self.files.snapshot = None;
+                sift("snapshot.json", refusal);
+                None
+            }
+            None => None,
+        };
+        self.floors = std::mem::take(&mut self.floors).raised_by(
+            &self.root,
+            self.timestamp.as_ref(),
+            snapshot.as_ref(),
+        );
+
+        let targets =
+            self.files.roles.get("targets").map(|bytes| {
+                Delegated::top(&root).and_then(|top| verify::signed_role(&top, bytes))
+            });
+        let targets = match targets {
+            Some(Ok(targets)) => Some(targets),
+            Some(Err(refusal)) => {
+                self.files.roles.remove("targets");
+                sift("targets.json", refusal);
+                None
+            }
+            None => None,
+        };
+        // A role further down is verified when a search comes to it; here, that it is metadata at all.
+        self.files.roles.retain(|name, bytes| {
+            let above = targets.iter().flat_map(|targets| Delegated::by(targets));
+            let verified = match above.into_iter().find(|above| above.name() == name) {
+                Some(above) => verify::signed_role(&above, bytes).map(drop),
+                None => Envelope::parse(name, bytes).map(drop),
+            };
+            match verified {
+                Ok(()) => true,
+                // Signed for by the keys of another publication.
+                Err(Refusal::BelowThreshold { .. }) => false,
+                Err(refusal) => {
+                    sift(&format!("{}.json", quoted(name)), refusal);
+                    false
+                }
+            }
+        });
         corrupt
     }
 
-    fn read_channels(&mut self) -> anyhow::Result<BTreeMap<RoleName, Vec<u8>>> {
-        let mut channels = BTreeMap::new();
+    fn read_roles(&mut self) -> anyhow::Result<BTreeMap<String, Vec<u8>>> {
+        let mut roles = BTreeMap::new();
         let reading = || format!("reading {}", self.directory.display());
         let mut names = Vec::new();
         for entry in fs::read_dir(&self.directory).with_context(reading)? {
             names.push(entry.with_context(reading)?.file_name());
         }
-        for name in names {
-            // Names that are no channel's are somebody else's.
-            let Some(channel) = name.to_str().and_then(|name| name.strip_suffix(".json")) else {
+        for file in names {
+            // Names that are no role's are somebody else's.
+            let Some(name) = file.to_str().and_then(|file| file.strip_suffix(".json")) else {
                 continue;
             };
-            let Ok(channel) = channel.parse::<RoleName>() else {
+            let Some(role) = unquoted(name) else {
                 continue;
             };
-            if let Some(bytes) = self.read(&format!("{channel}.json"), verify::TARGETS_LIMIT)? {
-                channels.insert(channel, bytes);
+            if matches!(role.as_str(), "root" | "timestamp" | "snapshot") {
+                continue;
+            }
+            if let Some(bytes) = self.read(&format!("{name}.json"), verify::TARGETS_LIMIT)? {
+                roles.insert(role, bytes);
             }
         }
-        Ok(channels)
+        Ok(roles)
     }
 
     /// The file, `None` if there is none or it had to be set aside.
@@ -386,27 +446,17 @@ impl Store {
     }
 }
 
-/// `None` for what was refused, which is noted where the file cannot have been written so.
-fn sift<T>(
-    file: &str,
-    accepted: Result<T, Refusal>,
-    corrupt: &mut Vec<(String, Refusal)>,
-) -> Option<T> {
-    match accepted {
-        Ok(document) => return Some(document),
-        // Of another publication, or of a channel that is no more.
-        Err(
-            Refusal::WrongVersion { .. }
-            | Refusal::WrongLength { .. }
-            | Refusal::WrongDigest { .. }
-            | Refusal::RolledBack { .. }
-            | Refusal::RoleVanished { .. }
-            | Refusal::NoSuchChannel { .. }
-            | Refusal::NotInSnapshot { .. },
-        ) => {}
-        Err(refusal) => corrupt.push((file.to_owned(), refusal)),
+/// The name that [`quoted`] gives this text, if it does.
+fn unquoted(text: &str) -> Option<String> {
+    let mut parts = text.split('%');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        let (digits, rest) = part.split_at_checked(2)?;
+        bytes.push(u8::from_str_radix(digits, 16).ok()?);
+        bytes.extend_from_slice(rest.as_bytes());
     }
-    None
+    let name = String::from_utf8(bytes).ok()?;
+    (quoted(&name) == text).then_some(name)
 }
 
 #[derive(Serialize, Deserialize)]

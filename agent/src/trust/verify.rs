@@ -4,6 +4,7 @@
 //! [`Verified`] release. The one time of a refresh is given to [`current_root`] and travels with it (5.1).
 
 mod channel;
+mod delegations;
 mod floors;
 mod signatures;
 
@@ -21,8 +22,8 @@ use super::schema::{
 use super::{Refusal, canonical};
 use crate::commit::Sha256;
 
-use channel::delegation;
 pub use channel::{Channel, Entry};
+pub use delegations::{Delegated, MAX_ROLES, Role, Search, Target};
 pub use floors::Floors;
 
 /// A root with thirty keys is 10 KiB.
@@ -182,27 +183,62 @@ pub fn accept_snapshot(
     Ok(Verified(snapshot))
 }
 
-/// 5.6.2 to 5.6.5: the top-level targets are those that the snapshot names, signed, and not expired.
+/// 5.5.5: the snapshot that was accepted before. It is signed, and need not be the one that the timestamp names by now.
+pub(super) fn trusted_snapshot(
+    root: &CurrentRoot,
+    bytes: &[u8],
+) -> Result<Verified<Snapshot>, Refusal> {
+    document(
+        "snapshot",
+        "snapshot",
+        role(root, "snapshot")?,
+        &root.keys,
+        bytes,
+    )
+    .map(Verified)
+}
+
+/// 5.6.2 to 5.6.5, for the top-level targets and for each role that is delegated to (5.6.7): they are those that the snapshot names,
+/// signed by the keys that the role above, and not another one, gives them, and not expired.
+pub fn accept_role(
+    root: &CurrentRoot,
+    snapshot: &Verified<Snapshot>,
+    delegated: &Delegated,
+    bytes: &[u8],
+) -> Result<Role, Refusal> {
+    let name = &delegated.name;
+    let announced = role_file(snapshot, name)?;
+    matches_announced(name, announced, bytes)?;
+    let role = signed_role(delegated, bytes)?;
+    has_version(name, announced, role.version.number())?;
+    root.judge(name, role.expires)?;
+    Ok(role)
+}
+
+/// The role as it was accepted before: signed, whatever the snapshot names by now.
+pub(super) fn signed_role(delegated: &Delegated, bytes: &[u8]) -> Result<Role, Refusal> {
+    let Delegated {
+        name,
+        signers,
+        keys,
+        ..
+    } = delegated;
+    let targets: Targets = document(name, "targets", signers, keys, bytes)?;
+    delegations::check_delegations(name, &targets)?;
+    Ok(delegated.role(Verified(targets)))
+}
+
+/// The top-level targets.
 pub fn accept_targets(
     root: &CurrentRoot,
     snapshot: &Verified<Snapshot>,
     bytes: &[u8],
 ) -> Result<Verified<Targets>, Refusal> {
-    let announced = role_file(snapshot, "targets")?;
-    matches_announced("targets", announced, bytes)?;
-    let targets: Targets = document(
-        "targets",
-        "targets",
-        role(root, "targets")?,
-        &root.keys,
-        bytes,
-    )?;
-    has_version("targets", announced, targets.version.number())?;
-    root.judge("targets", targets.expires)?;
-    Ok(Verified(targets))
+    let top = Delegated::top(root)?;
+    Ok(accept_role(root, snapshot, &top, bytes)?.targets)
 }
 
-/// 5.6.7: the channel's role is delegated by the top-level targets, and is signed by the keys that they, and not another role, give it.
+/// A channel: the role of that name to which the top-level targets delegate.
 pub fn accept_channel(
     root: &CurrentRoot,
     snapshot: &Verified<Snapshot>,
@@ -210,46 +246,39 @@ pub fn accept_channel(
     name: &RoleName,
     bytes: &[u8],
 ) -> Result<Channel, Refusal> {
-    let announced = role_file(snapshot, name.as_str())?;
-    let (delegation, keys) = delegation(targets, name)?;
-    matches_announced(name.as_str(), announced, bytes)?;
-    let channel: Targets = document(name.as_str(), "targets", &delegation.signers, keys, bytes)?;
-    has_version(name.as_str(), announced, channel.version.number())?;
-    root.judge(name.as_str(), channel.expires)?;
-    Ok(Channel {
-        name: name.clone(),
-        paths: delegation.paths.clone(),
-        targets: channel,
-    })
+    let delegated = channel_role(targets, name)?;
+    let role = accept_role(root, snapshot, &delegated, bytes)?;
+    Ok(Channel::new(name.clone(), role))
 }
 
-/// The channel is there at all, before it is fetched.
-pub fn is_channel(
-    snapshot: &Verified<Snapshot>,
+pub(super) fn channel_role(
     targets: &Verified<Targets>,
     name: &RoleName,
-) -> Result<(), Refusal> {
-    delegation(targets, name)?;
-    role_file(snapshot, name.as_str())?;
-    Ok(())
+) -> Result<Delegated, Refusal> {
+    Delegated::by(targets)
+        .find(|delegated| delegated.name == name.as_str())
+        .ok_or_else(|| Refusal::NoSuchChannel {
+            channel: name.to_string(),
+        })
 }
 
-/// 5.7.2: the manifest is the one that the entry names, and it speaks of the same release.
+/// 5.7.3: the file is the one that its targets role signs for.
+pub fn accept_target(target: &Verified<Target>, bytes: &[u8]) -> Result<(), Refusal> {
+    let Target { path, file } = &target.0;
+    has_length(path, file.length, bytes)?;
+    if file.hashes.is_empty() {
+        return Err(Refusal::NoHash { role: path.clone() });
+    }
+    has_hashes(path, &file.hashes, bytes)
+}
+
+/// The manifest is the one that the entry names, and it speaks of the same release.
 pub fn accept_manifest(
     entry: &Verified<Entry>,
     bytes: &[u8],
 ) -> Result<Verified<Release>, Refusal> {
+    accept_target(&entry.manifest_target(), bytes)?;
     let path = entry.manifest_path();
-    has_length(path.as_str(), entry.manifest.length, bytes)?;
-    let digest = Sha256::of(bytes);
-    if digest != entry.manifest.sha256 {
-        let want = entry.manifest.sha256.to_string();
-        return Err(Refusal::WrongDigest {
-            role: path,
-            want,
-            got: digest.to_string(),
-        });
-    }
     let value = canonical::parse(bytes)?;
     // Before the fields: another format has other fields.
     if let Some(got) = value
@@ -281,15 +310,6 @@ pub fn snapshot_limit(timestamp: &Verified<Timestamp>) -> Result<u64, Refusal> {
 /// How many bytes of a targets role to fetch at most.
 pub fn targets_limit(snapshot: &Verified<Snapshot>, role: &str) -> Result<u64, Refusal> {
     limit(role, role_file(snapshot, role)?.length, TARGETS_LIMIT)
-}
-
-/// How many bytes of the manifest to fetch at most.
-pub fn manifest_limit(entry: &Verified<Entry>) -> Result<u64, Refusal> {
-    limit(
-        &entry.manifest_path(),
-        Some(entry.manifest.length),
-        MANIFEST_LIMIT,
-    )
 }
 
 /// What the timestamp announces of the snapshot.
@@ -327,9 +347,9 @@ impl CurrentRoot {
 fn root(bytes: &[u8]) -> Result<(Envelope, Root), Refusal> {
     let envelope = Envelope::parse("root", bytes)?;
     let root: Root = signed_as("root", "root", envelope.signed.clone())?;
-    // A root that lacks one of them would be the last that a device accepts.
+    // A root without keys for them could only be followed by another root.
     for name in ["root", "timestamp", "snapshot", "targets"] {
-        signatures::check_signers(name, role(&root, name)?)?;
+        role(&root, name)?;
     }
     Ok((envelope, root))
 }
@@ -424,12 +444,20 @@ fn has_length(role: &str, want: u64, bytes: &[u8]) -> Result<(), Refusal> {
     }
 }
 
-/// Length and hashes where they are announced; all of the hashes, and none that cannot be checked.
+/// Length and hashes where they are announced.
 fn matches_announced(role: &str, announced: &MetaFile, bytes: &[u8]) -> Result<(), Refusal> {
     if let Some(length) = announced.length {
         has_length(role, length, bytes)?;
     }
-    for (algorithm, want) in announced.hashes.iter().flatten() {
+    match &announced.hashes {
+        Some(hashes) => has_hashes(role, hashes, bytes),
+        None => Ok(()),
+    }
+}
+
+/// All of the hashes, and none that cannot be checked.
+fn has_hashes(role: &str, hashes: &BTreeMap<String, String>, bytes: &[u8]) -> Result<(), Refusal> {
+    for (algorithm, want) in hashes {
         let got = match algorithm.as_str() {
             "sha256" => Sha256::of(bytes).to_string(),
             "sha512" => sha2::Sha512::digest(bytes)
@@ -454,7 +482,7 @@ fn matches_announced(role: &str, announced: &MetaFile, bytes: &[u8]) -> Result<(
     Ok(())
 }
 
-fn limit(role: &str, announced: Option<u64>, most: u64) -> Result<u64, Refusal> {
+pub(super) fn limit(role: &str, announced: Option<u64>, most: u64) -> Result<u64, Refusal> {
     match announced {
         Some(length) if length > most => Err(Refusal::TooLong {
             role: role.to_owned(),

@@ -3,9 +3,12 @@ use std::fs;
 
 use super::*;
 use crate::trust::Refusal;
+use crate::trust::Release;
 use crate::trust::fixture::{
-    self, ROOT_KEYS, Repository, SNAPSHOT_KEY, TIMESTAMP_KEY, at, commit, now, sign, version,
+    self, ROOT_KEYS, Repository, SNAPSHOT_KEY, TIMESTAMP_KEY, at, carry_out, commit, newest, now,
+    sign, version,
 };
+use crate::trust::goal::Newest;
 use crate::trust::schema::{MetaFile, Version};
 
 /// A device with a store, that has seen nothing but its image's root.
@@ -37,53 +40,34 @@ impl Device {
         self.store = Store::open(self.directory.path(), repository.file("1.root.json")).unwrap();
     }
 
-    fn start(&self) -> Refresh {
+    fn start(&self) -> Refresh<Newest> {
         Refresh::new(
             &self.store,
-            fixture::channel(self.channel),
-            fixture::hardware(),
+            newest(self.channel),
             self.now,
             at("2020-01-01T00:00:00Z"),
         )
     }
 
-    fn refresh(&mut self, repository: &Repository) -> Result<Outcome, Refusal> {
+    fn refresh(&mut self, repository: &Repository) -> Result<Found, Refusal> {
         self.refresh_from(&repository.files)
     }
 
-    fn refresh_from(&mut self, files: &BTreeMap<String, Vec<u8>>) -> Result<Outcome, Refusal> {
+    fn refresh_from(&mut self, files: &BTreeMap<String, Vec<u8>>) -> Result<Found, Refusal> {
         self.requests.clear();
-        let mut refresh = self.start();
-        loop {
-            let reply = match refresh.want() {
-                Want::Poll {
-                    path, conditional, ..
-                } => {
-                    self.requests.push(path.to_owned());
-                    match files.get(path) {
-                        None => Reply::NotFound,
-                        held if self.conditional
-                            && conditional
-                            && held == self.store.files().timestamp.as_ref() =>
-                        {
-                            Reply::NotModified
-                        }
-                        Some(body) => Reply::Body(body.clone()),
-                    }
+        let refresh = self.start();
+        let held = self.store.files().timestamp.clone();
+        let refresh = carry_out(refresh, &mut self.store, |path, conditional| {
+            self.requests.push(path.to_owned());
+            match files.get(path) {
+                None => Reply::NotFound,
+                body if self.conditional && conditional && body == held.as_ref() => {
+                    Reply::NotModified
                 }
-                Want::File { path, .. } => {
-                    let body = files.get(&path).cloned();
-                    self.requests.push(path);
-                    body.map_or(Reply::NotFound, Reply::Body)
-                }
-                Want::KeepRoot(bytes) => {
-                    self.store.persist_root(bytes).unwrap();
-                    Reply::Kept
-                }
-                Want::Done => return Ok(refresh.finish(&mut self.store).unwrap()),
-            };
-            refresh = refresh.supply(reply)?;
-        }
+                Some(body) => Reply::Body(body.clone()),
+            }
+        })?;
+        Ok(refresh.finish(&mut self.store).unwrap())
     }
 
     fn requested(&self) -> Vec<&str> {
@@ -109,10 +93,12 @@ impl Device {
     }
 }
 
-fn release(outcome: Result<Outcome, Refusal>) -> Result<Option<String>, Refusal> {
+type Found = Outcome<Verified<Release>>;
+
+fn release(outcome: Result<Found, Refusal>) -> Result<Option<String>, Refusal> {
     outcome.map(|outcome| {
         outcome
-            .release
+            .found
             .map(|release| release.manifest.version.to_string())
     })
 }
@@ -132,7 +118,7 @@ fn a_first_refresh_asks_for_the_roots_before_it_judges_anything() {
     let outcome = device.refresh(&repository).unwrap();
     assert!(!outcome.unchanged);
     assert_eq!(
-        outcome.release.map(|release| release.manifest.commit),
+        outcome.found.map(|release| release.manifest.commit),
         Some(commit("1.0"))
     );
     assert_eq!(
@@ -206,7 +192,7 @@ fn a_frozen_server_is_noticed_when_the_timestamp_expires() {
         now: device.now,
     };
     assert_eq!(device.refresh(&repository), Err(expired));
-    assert_eq!(device.requested(), ["timestamp.json"]);
+    assert_eq!(device.requested(), ["timestamp.json", "2.root.json"]);
 }
 
 #[test]
@@ -244,7 +230,7 @@ fn what_expired_on_the_device_and_is_still_announced_is_not_fetched_again() {
             now: device.now,
         };
         assert_eq!(device.refresh(&repository), Err(expired));
-        assert_eq!(device.requested(), ["timestamp.json"]);
+        assert_eq!(device.requested(), ["timestamp.json", "2.root.json"]);
     }
 }
 
@@ -316,14 +302,14 @@ fn a_channel_without_a_release_for_the_hardware_is_no_error() {
     assert_eq!(
         device.refresh(&repository),
         Ok(Outcome {
-            release: None,
+            found: None,
             unchanged: false
         })
     );
     assert_eq!(
         device.refresh(&repository),
         Ok(Outcome {
-            release: None,
+            found: None,
             unchanged: true
         })
     );
@@ -461,19 +447,19 @@ fn a_role_that_goes_back_under_a_new_snapshot_is_refused() {
             have: 2
         })
     );
-    assert_eq!(
-        device.disk(),
-        before,
-        "nothing is kept of a refresh that was refused"
-    );
+    let after = device.disk();
+    for file in ["snapshot.json", "targets.json", "stable.json", "manifest"] {
+        assert_eq!(after[file], before[file], "{file}");
+    }
 }
 
+/// 5.4.5, 5.5.7, 5.6.6: and the release that was accepted before stays accepted.
 #[test]
-fn nothing_is_kept_of_a_refresh_that_stops_at_any_file() {
+fn what_was_accepted_is_kept_although_the_refresh_stops_later() {
     let mut repository = Repository::new();
-    let mut device = Device::new(&repository);
-    device.refresh(&repository).unwrap();
-    let before = device.disk();
+    let mut first = Device::new(&repository);
+    first.refresh(&repository).unwrap();
+    let before = first.disk();
     repository.release("stable", "2.0", 2);
     repository.publish();
     let manifest = repository
@@ -482,24 +468,47 @@ fn nothing_is_kept_of_a_refresh_that_stops_at_any_file() {
         .find(|path| path.ends_with(".2.0.manifest.json"))
         .unwrap()
         .clone();
-    for missing in [
-        "metadata/timestamp.json",
-        "metadata/2.snapshot.json",
-        "metadata/2.targets.json",
-        "metadata/2.stable.json",
-        &manifest,
-    ] {
-        let mut files = repository.files.clone();
-        files.remove(missing);
-        assert_eq!(
-            device.refresh_from(&files),
-            Err(Refusal::Missing {
-                path: missing.into()
-            })
-        );
-        assert_eq!(device.disk(), before);
+    let files = [
+        ("timestamp.json", "metadata/timestamp.json"),
+        ("snapshot.json", "metadata/2.snapshot.json"),
+        ("targets.json", "metadata/2.targets.json"),
+        ("stable.json", "metadata/2.stable.json"),
+        ("manifest", &manifest),
+    ];
+    for (index, (_, missing)) in files.iter().enumerate() {
+        let mut device = Device::new(&Repository::new());
+        device.refresh(&Repository::new()).unwrap();
+        let mut left = repository.files.clone();
+        left.remove(*missing);
+        for _ in 0..2 {
+            assert_eq!(
+                device.refresh_from(&left),
+                Err(Refusal::Missing {
+                    path: (*missing).into()
+                })
+            );
+            // Nobody waits for a newer timestamp to learn of a newer root.
+            let top_level = matches!(index, 1 | 2);
+            assert!(!top_level || device.requested().contains(&"2.root.json"));
+            let disk = device.disk();
+            for (kept, (file, path)) in files.iter().enumerate() {
+                let want = if kept < index {
+                    &repository.files[*path]
+                } else {
+                    &before[*file]
+                };
+                assert_eq!(&disk[*file], want, "{file} without {missing}");
+            }
+            let accepted = device
+                .store
+                .accepted(&fixture::channel("stable"), &fixture::hardware())
+                .unwrap();
+            let version = |release: Verified<Release>| release.manifest.version.to_string();
+            assert_eq!(accepted.map(version), Some("1.0".into()));
+            device.restart(&repository);
+        }
+        assert_eq!(release(device.refresh(&repository)), Ok(Some("2.0".into())));
     }
-    assert_eq!(release(device.refresh(&repository)), Ok(Some("2.0".into())));
 }
 
 #[test]
@@ -675,6 +684,8 @@ fn the_limit_is_told_to_the_transport() {
         }
     );
     let refresh = refresh.supply(Reply::NotFound).unwrap();
+    assert_eq!(refresh.want(), Want::Keep);
+    let refresh = refresh.supply(Reply::Kept).unwrap();
     let limit = repository.file("1.snapshot.json").len() as u64;
     assert_eq!(
         refresh.want(),

@@ -1,25 +1,22 @@
-//! A channel: a role of the top-level targets, and the entries that it signs for each hardware.
+//! A channel: a role to which the top-level targets delegate, and the entries that it signs for each hardware.
 //!
-//! Does not follow delegations below the channel, and does not search: a channel is found by its name.
-
-use std::collections::BTreeMap;
+//! Does not follow delegations below the channel: a channel is found by its name.
 
 use serde_json::Value;
 
-use super::{Verified, mixed_up, same};
-use crate::commit::Commit;
+use super::{Role, Target, Verified, mixed_up, same};
+use crate::commit::{Commit, Sha256};
 use crate::trust::Refusal;
 use crate::trust::schema::{
-    Custom, Delegation, Digested, FORMAT, HardwareId, Key, ReleaseVersion, RoleName, TargetFile,
-    TargetPath, Targets, from_value,
+    Custom, Digested, FORMAT, HardwareId, ReleaseVersion, RoleName, TargetFile, TargetPath,
+    from_value,
 };
 
 /// A channel's role: the only way to an [`Entry`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Channel {
-    pub(super) name: RoleName,
-    pub(super) paths: Vec<String>,
-    pub(super) targets: Targets,
+    name: RoleName,
+    role: Role,
 }
 
 /// What a channel says of one release for one hardware.
@@ -38,6 +35,10 @@ pub struct Entry {
 }
 
 impl Channel {
+    pub(in crate::trust) fn new(name: RoleName, role: Role) -> Self {
+        Self { name, role }
+    }
+
     /// The entry for `hardware` with the greatest serial. Entries of a format that this code does not know are not for it.
     pub fn newest(&self, hardware: &HardwareId) -> Result<Option<Verified<Entry>>, Refusal> {
         let mut newest: Option<Entry> = None;
@@ -76,6 +77,22 @@ impl Channel {
         Ok(found.map(Verified))
     }
 
+    /// The entry for `hardware` that names this manifest, which was fetched when it was the newest.
+    pub(in crate::trust) fn of_manifest(
+        &self,
+        hardware: &HardwareId,
+        manifest: &[u8],
+    ) -> Result<Option<Verified<Entry>>, Refusal> {
+        let digest = Sha256::of(manifest);
+        for entry in self.entries(hardware) {
+            let entry = entry?;
+            if entry.manifest.sha256 == digest {
+                return Ok(Some(Verified(entry)));
+            }
+        }
+        Ok(None)
+    }
+
     fn entries<'a>(
         &'a self,
         hardware: &'a HardwareId,
@@ -85,11 +102,8 @@ impl Channel {
             path.strip_prefix(&folder)
                 .is_some_and(|file| file.ends_with(".commit"))
         };
-        let targets = self
-            .targets
-            .targets
-            .iter()
-            .filter(move |(path, _)| in_folder(path));
+        let targets = &self.role.targets.targets;
+        let targets = targets.iter().filter(move |(path, _)| in_folder(path));
         targets.filter_map(|(path, file)| self.entry(hardware, path, file).transpose())
     }
 
@@ -99,7 +113,7 @@ impl Channel {
         path: &str,
         file: &TargetFile,
     ) -> Result<Option<Entry>, Refusal> {
-        if !self.paths.iter().any(|pattern| matches(pattern, path)) {
+        if !self.role.scope.contains(path) {
             return Err(Refusal::NotDelegated {
                 channel: self.name.to_string(),
                 path: path.to_owned(),
@@ -158,55 +172,17 @@ impl Entry {
     }
 }
 
-/// What the top-level targets say of the channel.
-pub(super) fn delegation<'a>(
-    targets: &'a Targets,
-    name: &RoleName,
-) -> Result<(&'a Delegation, &'a BTreeMap<String, Key>), Refusal> {
-    let missing = || Refusal::NoSuchChannel {
-        channel: name.to_string(),
-    };
-    let delegations = targets.delegations.as_ref().ok_or_else(missing)?;
-    // The first of two with one name, as the search of 5.6.7 visits a role once.
-    let delegation = delegations
-        .roles
-        .iter()
-        .find(|role| role.name == name.as_str())
-        .ok_or_else(missing)?;
-    Ok((delegation, &delegations.keys))
-}
-
-/// A path pattern of TUF: `*` is any run of characters but `/`, `?` is one of them.
-pub(super) fn matches(pattern: &str, path: &str) -> bool {
-    let (patterns, segments) = (pattern.split('/'), path.split('/'));
-    patterns.clone().count() == segments.clone().count()
-        && patterns
-            .zip(segments)
-            .all(|(pattern, segment)| matches_segment(pattern.as_bytes(), segment.as_bytes()))
-}
-
-/// Linear in memory and quadratic in time: on a mismatch only the last `*` is tried again.
-fn matches_segment(pattern: &[u8], segment: &[u8]) -> bool {
-    let (mut at, mut from, mut star) = (0, 0, None);
-    while from < segment.len() {
-        match pattern.get(at) {
-            Some(b'*') => {
-                star = Some((at, from));
-                at += 1;
-            }
-            Some(&byte) if byte == b'?' || byte == segment[from] => {
-                at += 1;
-                from += 1;
-            }
-            _ => {
-                let Some((star_at, star_from)) = star else {
-                    return false;
-                };
-                star = Some((star_at, star_from + 1));
-                at = star_at + 1;
-                from = star_from + 1;
-            }
-        }
+impl Verified<Entry> {
+    /// The release manifest, to fetch as any target.
+    pub fn manifest_target(&self) -> Verified<Target> {
+        let hashes = [("sha256".to_owned(), self.manifest.sha256.to_string())];
+        Verified(Target {
+            path: self.manifest_path(),
+            file: TargetFile {
+                length: self.manifest.length,
+                hashes: hashes.into(),
+                custom: None,
+            },
+        })
     }
-    pattern[at..].iter().all(|&byte| byte == b'*')
 }

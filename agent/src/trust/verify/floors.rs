@@ -22,12 +22,17 @@ pub struct Floors {
 }
 
 impl Floors {
-    /// 5.3.11: a key of the timestamp or the snapshot that stood when these floors were set and stands no more was taken away for
-    /// a reason, so the versions and the time that it may have signed bind nobody. A root older than the floors takes nothing away:
-    /// it is what is left when the newer one was lost.
+    /// 5.3.11: a key of the timestamp or the snapshot that stood when these floors were set stands no more. It was taken away for a
+    /// reason, so the versions and the time that it may have signed bind nobody. A root older than the floors takes nothing away: it
+    /// is what is left when the newer one was lost.
+    pub fn fall_with(&self, root: &Verified<Root>) -> bool {
+        root.version.number() >= self.root && !self.keys.is_subset(&online_keys(root))
+    }
+
+    /// What is left of them under this root.
     #[must_use]
     pub fn under(self, root: &Verified<Root>) -> Self {
-        if root.version.number() < self.root || self.keys.is_subset(&online_keys(root)) {
+        if !self.fall_with(root) {
             return self;
         }
         Self {
@@ -41,20 +46,22 @@ impl Floors {
     pub fn raised_by(
         self,
         root: &Verified<Root>,
-        timestamp: &Verified<Timestamp>,
+        timestamp: Option<&Verified<Timestamp>>,
         snapshot: Option<&Verified<Snapshot>>,
     ) -> Self {
         let mut floors = self.under(root);
-        floors.root = floors.root.max(root.version.number());
-        floors.keys.extend(online_keys(root));
-        floors.timestamp = floors.timestamp.max(timestamp.version.number());
-        floors.clock = floors.clock.max(timestamp.issued);
-        floors.snapshot = floors.snapshot.max(
-            timestamp
-                .meta
-                .get("snapshot.json")
-                .map_or(0, |announced| announced.version.number()),
-        );
+        // Not of a root that stands in for one that was lost: the newer one may have taken its keys away.
+        if root.version.number() >= floors.root {
+            floors.root = root.version.number();
+            floors.keys.extend(online_keys(root));
+        }
+        if let Some(timestamp) = timestamp {
+            floors.timestamp = floors.timestamp.max(timestamp.version.number());
+            floors.clock = floors.clock.max(timestamp.issued);
+            if let Some(announced) = timestamp.meta.get("snapshot.json") {
+                floors.snapshot = floors.snapshot.max(announced.version.number());
+            }
+        }
         for (file, listed) in snapshot.iter().flat_map(|snapshot| &snapshot.meta) {
             let floor = floors.roles.entry(file.clone()).or_default();
             *floor = listed.version.number().max(*floor);
@@ -76,6 +83,6 @@ pub(super) fn online_keys(root: &Root) -> BTreeSet<String> {
                 .filter_map(|keyid| root.keys.get(keyid))
                 .map(move |key| (role, key))
         })
-        .map(|(role, key)| format!("{role} {} {}", key.keytype, signatures::identity(key)))
+        .map(|(role, key)| format!("{role} {}", signatures::identity(key)))
         .collect()
 }
