@@ -86,10 +86,15 @@ impl fmt::Display for Base {
     }
 }
 
-/// Paths come from configuration and signed metadata; still, none may climb, or mean something else in a URL.
+/// Paths come from configuration and signed metadata; still, none may climb, or mean something else in a URL. A byte that must be
+/// escaped may be, in the one spelling `%XX`; one that need not be may not, so `%2e%2e` is no way up.
 pub(super) fn check_path(path: &str) -> Result<(), Fault> {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@".contains(&byte);
-    let segment = |segment: &str| !matches!(segment, "" | "." | "..") && segment.bytes().all(plain);
+    let segment = |segment: &str| {
+        let mut parts = segment.split('%');
+        !matches!(segment, "" | "." | "..")
+            && parts.next().is_some_and(|part| part.bytes().all(is_plain))
+            && parts.all(is_escape_and_plain)
+    };
     if path.split('/').all(segment) {
         Ok(())
     } else {
@@ -97,6 +102,21 @@ pub(super) fn check_path(path: &str) -> Result<(), Fault> {
             path: path.to_owned(),
         })
     }
+}
+
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@".contains(&byte)
+}
+
+fn is_escape_and_plain(part: &str) -> bool {
+    let Some((digits, rest)) = part.split_at_checked(2) else {
+        return false;
+    };
+    let hex = |byte: u8| byte.is_ascii_digit() || (b'A'..=b'F').contains(&byte);
+    let unreserved = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    digits.bytes().all(hex)
+        && u8::from_str_radix(digits, 16).is_ok_and(|byte| !unreserved(byte) && byte != 0)
+        && rest.bytes().all(is_plain)
 }
 
 #[cfg(test)]
@@ -151,12 +171,14 @@ mod tests {
             "metadata/1.root.json",
             "targets/stable/x86/ab.1.4.0+1~rc.commit",
             "deltas/empty-ab/0",
+            "metadata/1.a%2Fb.json",
+            "metadata/1.%C3%BC%25%3F.json",
         ] {
             assert_eq!(check_path(good), Ok(()), "{good}");
         }
         for bad in [
-            "", "/x", "x/", "a//b", "../x", "a/./b", "a?b", "a#b", "a b", "a%2e", "a\\b", "ü",
-            "a\r\nb",
+            "", "/x", "x/", "a//b", "../x", "a/./b", "a?b", "a#b", "a b", "a%2e", "a%2E", "%2E%2E",
+            "a%", "a%2", "a%2f", "a%00", "a%G0", "a%é", "a\\b", "ü", "a\r\nb",
         ] {
             assert_eq!(
                 check_path(bad),
