@@ -3,6 +3,7 @@
 //! - [`protocol`]: the table, pure.
 //! - [`grub`]: the GRUB environment block, two copies of it, and the write that a power cut cannot tear.
 //! - [`config`]: boot loader entries to `grub.cfg`, with the counting script in it.
+//! - [`uboot`]: the U-Boot environment, shared with U-Boot and libubootenv's tools, and the script that U-Boot runs.
 //!
 //! [`Bootloader`] is the interface: each verb is at most one environment write, read back. A verb whose state is already there
 //! writes nothing.
@@ -10,6 +11,7 @@
 pub mod config;
 pub mod grub;
 pub mod protocol;
+pub mod uboot;
 
 use std::fs;
 use std::io;
@@ -21,7 +23,11 @@ use protocol::{Counter, Environment};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Bootloader {
     /// `environment` is the directory of `env.0` and `env.1`, on the EFI system partition; `boot` is `/boot`.
-    Grub { environment: PathBuf, boot: PathBuf },
+    Grub {
+        environment: PathBuf,
+        boot: PathBuf,
+    },
+    Uboot(uboot::Uboot),
 }
 
 /// What [`Bootloader::confirm`] found.
@@ -52,8 +58,8 @@ pub enum Error {
     },
     #[error("{verb:?}: {} does not read back as it was written: replace the storage device", path.display())]
     NotReadBack { verb: Verb, path: PathBuf },
-    #[error("{verb:?}: no copy of the boot environment in {} is valid: settle makes it afresh", directory.display())]
-    Corrupt { verb: Verb, directory: PathBuf },
+    #[error("{verb:?}: no copy of the boot environment ({}) is valid: settle makes it afresh", place.display())]
+    Corrupt { verb: Verb, place: PathBuf },
     #[error("the bootloader has given this trial up (rollback=1): it cannot be confirmed")]
     GivenUp,
     #[error("a trial gets 1 to 9 tries, not {0}")]
@@ -64,6 +70,37 @@ pub enum Error {
         path.display(), config::MARKER
     )]
     NotOurs { path: PathBuf },
+    #[error("{}: {problem}", path.display())]
+    FwEnvConfig {
+        path: PathBuf,
+        problem: uboot::ConfigProblem,
+    },
+    #[error(
+        "{} and {} are different kinds of storage, whose copies cannot be told apart by age: put both on the same kind",
+        first.display(), second.display()
+    )]
+    UnlikeCopies { first: PathBuf, second: PathBuf },
+    #[error(
+        "{} names one copy of the environment: a power cut while it is written loses every variable of it. Build U-Boot with \
+         CONFIG_SYS_REDUNDAND_ENVIRONMENT and name both copies, or accept that with [bootloader] accept_single = true",
+        config.display()
+    )]
+    SingleCopy { config: PathBuf },
+    #[error(
+        "{verb:?}: no copy of the environment that {} names is valid, and only U-Boot knows the variables it has compiled in: \
+         reboot, and the boot script saves them (or write them with `fw_setenv -f u-boot-initial-env`). If it stays so, the \
+         offsets there are not U-Boot's, or U-Boot cannot write",
+        config.display()
+    )]
+    NoVariables { verb: Verb, config: PathBuf },
+    #[error("{verb:?}: the environment that {} names is too small: {too_big}", config.display())]
+    TooBig {
+        verb: Verb,
+        config: PathBuf,
+        too_big: uboot::image::TooBig,
+    },
+    #[error(transparent)]
+    NotCounting(#[from] uboot::NotCounting),
 }
 
 impl Error {
@@ -141,8 +178,11 @@ impl Bootloader {
 
     /// Whether the bootloader that is installed will honour the counter.
     pub fn probe(&self) -> Result<(), Error> {
-        let Self::Grub { boot, .. } = self;
-        self.held()?;
+        let (environment, boot) = match self {
+            Self::Grub { environment, boot } => (environment, boot),
+            Self::Uboot(uboot) => return uboot::Held::lock(uboot)?.probe(),
+        };
+        grub::Held::lock(environment)?;
         let path = boot.join("loader/grub.cfg");
         let config =
             fs::read_to_string(&path).map_err(|error| Error::io("reading", &path, &error))?;
@@ -152,9 +192,19 @@ impl Bootloader {
         }
     }
 
-    fn held(&self) -> Result<grub::Held, Error> {
-        let Self::Grub { environment, .. } = self;
-        grub::Held::lock(environment)
+    fn held(&self) -> Result<Held, Error> {
+        match self {
+            Self::Grub { environment, .. } => grub::Held::lock(environment).map(Held::Grub),
+            Self::Uboot(uboot) => uboot::Held::lock(uboot).map(Held::Uboot),
+        }
+    }
+
+    /// Where the environment is, for errors.
+    fn place(&self) -> &Path {
+        match self {
+            Self::Grub { environment, .. } => environment,
+            Self::Uboot(uboot) => &uboot.config,
+        }
     }
 
     /// `to` says what the counter becomes, or `None` to leave it. A copy that is damaged is made whole besides.
@@ -163,10 +213,6 @@ impl Bootloader {
         verb: Verb,
         to: impl FnOnce(Counter) -> Result<Option<Counter>, Error>,
     ) -> Result<(), Error> {
-        let Self::Grub {
-            environment: directory,
-            ..
-        } = self;
         let mut held = self.held()?;
         let unset = Counter {
             upgrade_available: false,
@@ -180,7 +226,7 @@ impl Bootloader {
             (Environment::Corrupt, Verb::Arm | Verb::Confirm | Verb::Exhaust) => {
                 return Err(Error::Corrupt {
                     verb,
-                    directory: directory.clone(),
+                    place: self.place().to_owned(),
                 });
             }
         };
@@ -204,6 +250,28 @@ impl Bootloader {
             held.write(next, verb)?;
         }
         Ok(())
+    }
+}
+
+/// The environment of a device, under lock until dropped.
+enum Held {
+    Grub(grub::Held),
+    Uboot(uboot::Held),
+}
+
+impl Held {
+    fn environment(&self) -> Environment {
+        match self {
+            Self::Grub(held) => held.environment(),
+            Self::Uboot(held) => held.environment(),
+        }
+    }
+
+    fn write(&mut self, counter: Counter, verb: Verb) -> Result<(), Error> {
+        match self {
+            Self::Grub(held) => held.write(counter, verb),
+            Self::Uboot(held) => held.write(counter, verb),
+        }
     }
 }
 

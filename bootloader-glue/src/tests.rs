@@ -9,6 +9,7 @@ use crate::protocol::Mark;
 struct Device {
     _temp: tempfile::TempDir,
     environment: PathBuf,
+    boot: PathBuf,
     bootloader: Bootloader,
 }
 
@@ -16,13 +17,15 @@ fn device() -> Device {
     let temp = tempfile::tempdir().unwrap();
     let environment = temp.path().join("env");
     fs::create_dir(&environment).unwrap();
+    let boot = temp.path().join("boot");
     let bootloader = Bootloader::Grub {
         environment: environment.clone(),
-        boot: temp.path().join("boot"),
+        boot: boot.clone(),
     };
     Device {
         _temp: temp,
         environment,
+        boot,
         bootloader,
     }
 }
@@ -149,7 +152,7 @@ fn arming_makes_a_damaged_copy_whole_and_refuses_when_both_are() {
     assert_eq!(device.bootloader.read(), Ok(Environment::Corrupt));
     let refused = |verb| Error::Corrupt {
         verb,
-        directory: device.environment.clone(),
+        place: device.environment.clone(),
     };
     assert_eq!(device.bootloader.arm(3), Err(refused(Verb::Arm)));
     assert_eq!(device.bootloader.confirm(), Err(refused(Verb::Confirm)));
@@ -161,8 +164,7 @@ fn arming_makes_a_damaged_copy_whole_and_refuses_when_both_are() {
 #[test]
 fn a_configuration_that_does_not_count_is_refused() {
     let device = device();
-    let Bootloader::Grub { boot, .. } = &device.bootloader;
-    let path = boot.join("loader/grub.cfg");
+    let path = device.boot.join("loader/grub.cfg");
     assert!(matches!(
         device.bootloader.probe(),
         Err(Error::Io {
