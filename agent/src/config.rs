@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use bootloader_glue::Bootloader;
+use bootloader_glue::uboot::{Count, Uboot};
 use serde::Deserialize;
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -80,8 +81,14 @@ pub enum Reboot {
 #[serde(default, deny_unknown_fields)]
 pub struct BootloaderConfig {
     pub kind: BootloaderKind,
-    /// The directory of the boot environment.
+    /// GRUB: the directory of the boot environment.
     pub environment: PathBuf,
+    /// U-Boot: who counts the boots of a trial.
+    pub count: CountBy,
+    /// U-Boot: the file that says where its environment is.
+    pub config: PathBuf,
+    /// U-Boot: arm a trial although the environment has one copy, which a power cut during a write destroys.
+    pub accept_single: bool,
     /// How many boots a release gets to prove itself.
     pub tries: u8,
 }
@@ -90,6 +97,16 @@ pub struct BootloaderConfig {
 #[serde(rename_all = "lowercase")]
 pub enum BootloaderKind {
     Grub,
+    Uboot,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CountBy {
+    /// The boot script.
+    Script,
+    /// U-Boot: CONFIG_BOOTCOUNT_LIMIT and CONFIG_BOOTCOUNT_ENV.
+    Bootcount,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -116,6 +133,8 @@ pub struct Paths {
     /// Where libostree finds its deployments; it takes `/` for the running system.
     pub sysroot: PathBuf,
     pub kernel_command_line: PathBuf,
+    /// The lock that fw_printenv and fw_setenv take.
+    pub uboot_lock: PathBuf,
     pub health: Vec<PathBuf>,
 }
 
@@ -139,6 +158,9 @@ impl Default for BootloaderConfig {
         Self {
             kind: BootloaderKind::Grub,
             environment: "/efi/offshoot".into(),
+            count: CountBy::Script,
+            config: "/etc/fw_env.config".into(),
+            accept_single: false,
             tries: 3,
         }
     }
@@ -165,6 +187,7 @@ impl Default for Paths {
             root: "/".into(),
             sysroot: "/".into(),
             kernel_command_line: "/proc/cmdline".into(),
+            uboot_lock: "/var/lock/fw_printenv.lock".into(),
             health: vec![
                 "/usr/lib/offshoot/health".into(),
                 "/etc/offshoot/health".into(),
@@ -219,6 +242,17 @@ impl Config {
                 environment: self.bootloader.environment.clone(),
                 boot: self.paths.boot.clone(),
             },
+            BootloaderKind::Uboot => Bootloader::Uboot(Uboot {
+                config: self.bootloader.config.clone(),
+                lock: self.paths.uboot_lock.clone(),
+                count: match self.bootloader.count {
+                    CountBy::Script => Count::Script,
+                    CountBy::Bootcount => Count::Bootcount,
+                },
+                accept_single: self.bootloader.accept_single,
+                boot: self.paths.boot.clone(),
+                kernel_command_line: self.paths.kernel_command_line.clone(),
+            }),
         }
     }
 
@@ -301,6 +335,20 @@ mod tests {
             ("x", "beta")
         );
         assert_eq!((config.poll.interval, config.bootloader.tries), (60, 3));
+    }
+
+    #[test]
+    fn a_uboot_is_configured_by_its_kind_who_counts_and_where_the_environment_is() {
+        let operator = "[bootloader]\nkind = 'uboot'\ncount = 'bootcount'\nconfig = '/usr/lib/fw_env.config'\n";
+        let Bootloader::Uboot(uboot) = load(IMAGE, operator).unwrap().bootloader() else {
+            panic!("not U-Boot");
+        };
+        assert_eq!(
+            (uboot.count, uboot.accept_single),
+            (Count::Bootcount, false)
+        );
+        assert_eq!(uboot.config, Path::new("/usr/lib/fw_env.config"));
+        assert_eq!(uboot.boot, Path::new("/boot"));
     }
 
     #[test]

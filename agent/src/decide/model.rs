@@ -2,11 +2,13 @@
 //! between the parts of every step, under every health history, and the promises are asserted in every state reached.
 //!
 //! The search visits each reachable state once, so it is exhaustive and ends. The bootloader is the protocol's own model,
-//! the one that the real GRUB is checked against.
+//! the one that the real GRUB and the real U-Boot are checked against; a script counts, or U-Boot itself, which counts on where the
+//! script writes nothing.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use bootloader_glue::protocol::{self, Counter, Environment, Mark};
+use bootloader_glue::protocol::{Counter, Environment, Mark};
+use bootloader_glue::uboot::{self, Count};
 
 use super::*;
 use crate::commit::Sha256;
@@ -39,7 +41,8 @@ struct World {
     cuts: u8,
     /// What the deployer does with the next apply or deploy.
     install_fails: bool,
-    grub_saves: bool,
+    saves: bool,
+    counts: Count,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,7 +87,8 @@ fn start(cuts: u8) -> World {
         offer: Some(target),
         cuts,
         install_fails: false,
-        grub_saves: true,
+        saves: true,
+        counts: Count::Script,
     }
 }
 
@@ -129,7 +133,8 @@ impl World {
     /// The bootloader's turn, cut or not between its write and the kernel's start.
     fn boot(&self) -> Vec<World> {
         let mut next = self.clone();
-        let boot = protocol::boot(&next.environment, next.deployed.len(), next.grub_saves);
+        let entries = next.deployed.len();
+        let boot = uboot::boot(&next.environment, entries, next.saves, next.counts);
         if let (Some(saved), Some(counter)) = (boot.saved, next.counter()) {
             *counter = saved;
         }
@@ -468,8 +473,14 @@ fn assert_rest(world: &World, booted: Commit, why: Why) {
 
 #[test]
 fn any_two_power_cuts_and_any_health_still_converge() {
+    for counts in [Count::Script, Count::Bootcount] {
+        converges(World { counts, ..start(2) });
+    }
+}
+
+fn converges(first: World) {
     let all = [Boots::Confirmed, Boots::Unhealthy, Boots::Dies];
-    let rests = explore(start(2), &all);
+    let rests = explore(first, &all);
     rests
         .iter()
         .for_each(|(world, booted, why)| assert_rest(world, *booted, *why));
@@ -489,12 +500,14 @@ fn any_two_power_cuts_and_any_health_still_converge() {
 
 #[test]
 fn a_good_release_is_confirmed_whatever_two_power_cuts_do() {
-    let rests = explore(start(2), &[Boots::Confirmed]);
-    rests.iter().for_each(|(world, booted, why)| {
-        assert_rest(world, *booted, *why);
-        assert_eq!(*booted, commit(2));
-    });
-    assert!(!rests.is_empty());
+    for counts in [Count::Script, Count::Bootcount] {
+        let rests = explore(World { counts, ..start(2) }, &[Boots::Confirmed]);
+        rests.iter().for_each(|(world, booted, why)| {
+            assert_rest(world, *booted, *why);
+            assert_eq!(*booted, commit(2));
+        });
+        assert!(!rests.is_empty());
+    }
 }
 
 #[test]
@@ -622,7 +635,7 @@ fn rows_for_what_only_others_can_leave_behind() {
 #[test]
 fn a_bootloader_that_cannot_save_its_counter_never_boots_the_target() {
     let mut world = start(1);
-    world.grub_saves = false;
+    world.saves = false;
     let mut ends = HashSet::new();
     for (world, booted, why) in explore(world, &[Boots::Confirmed]) {
         assert_eq!(
@@ -652,6 +665,11 @@ fn a_bootloader_that_cannot_save_its_counter_never_boots_the_target() {
 #[test]
 fn a_lost_environment_at_any_moment_of_a_trial_leaves_a_proved_deployment() {
     let mut worlds = reachable(start(0), &[Boots::Confirmed, Boots::Dies]);
+    let counted = World {
+        counts: Count::Bootcount,
+        ..start(0)
+    };
+    worlds.extend(reachable(counted, &[Boots::Confirmed, Boots::Dies]));
     worlds.retain(|world| matches!(world.record.phase, Phase::Trial { .. }));
     assert!(worlds.len() > 5);
     for (mut world, off) in worlds
@@ -681,7 +699,10 @@ fn a_lost_environment_at_any_moment_of_a_trial_leaves_a_proved_deployment() {
 
 #[test]
 fn a_lost_record_at_any_moment_leaves_a_proved_deployment() {
-    let worlds = reachable(start(0), &[Boots::Confirmed, Boots::Unhealthy, Boots::Dies]);
+    let all = [Boots::Confirmed, Boots::Unhealthy, Boots::Dies];
+    let worlds = [Count::Script, Count::Bootcount]
+        .into_iter()
+        .flat_map(|counts| reachable(World { counts, ..start(0) }, &all));
     for (mut world, off) in worlds
         .into_iter()
         .flat_map(|world| [(world.clone(), true), (world, false)])
