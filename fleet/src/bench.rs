@@ -109,6 +109,6 @@ pub(crate) const fn days(days: i64) -> i64 {
 
 /// The version that a device is offered.
 pub(crate) fn seen(device: &mut Device, public: &Path, now: Time) -> anyhow::Result<String> {
-    let release = device.poll(public, now)?.release.unwrap();
+    let release = device.poll(public, now)?.found.unwrap();
     Ok(checked(public, &release))
 }

@@ -171,5 +171,6 @@ fn delegate(targets: &mut Targets, channel: &RoleName, signer: &Signer) {
         },
         terminating: true,
         paths: vec![format!("{channel}/*/*")],
+        path_hash_prefixes: Vec::new(),
     });
 }

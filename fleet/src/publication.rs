@@ -382,7 +382,11 @@ impl Draft {
         files.push(("timestamp.json".to_owned(), bytes.timestamp.clone()));
 
         let floors = self.former.as_ref().map_or_else(Floors::default, |former| {
-            Floors::default().raised_by(&former.root, &former.timestamp, Some(&former.snapshot))
+            Floors::default().raised_by(
+                &former.root,
+                Some(&former.timestamp),
+                Some(&former.snapshot),
+            )
         });
         let publication = Publication::verify(root, &floors, bytes, at)
             .context("nothing is published: devices would refuse it")?;

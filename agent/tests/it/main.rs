@@ -24,4 +24,5 @@ mod update;
 #[allow(dead_code)]
 mod fixture;
 use offshoot::commit;
-use offshoot::trust::schema;
+#[allow(unused_imports)]
+use offshoot::trust::{Refusal, goal, refresh, schema, store, verify};

@@ -517,7 +517,7 @@ impl<'a> Steps<'a> {
             .poll(&mut self.server, &mut self.trust, now, Time::UNIX_EPOCH)
             .await
             .unwrap();
-        let offer = outcome.release;
+        let offer = outcome.found;
         loop {
             let observed = self.device.observe(offer.as_ref(), |_| true).await.unwrap();
             let step = decide(self.device.record(), &observed.facts);

@@ -90,7 +90,7 @@ fn a_device_that_polls_while_it_is_published_sees_one_release_or_the_other() {
             let outcome = bench.device(&name).poll_moving(public, now(9)).unwrap();
             let want = if switch == 0 { "1.1.0" } else { "1.0.0" };
             assert_eq!(
-                checked(&fleet.public(), &outcome.release.unwrap()),
+                checked(&fleet.public(), &outcome.found.unwrap()),
                 want,
                 "{name}"
             );

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp as Time;
 use offshoot::commit::Sha256;
+use offshoot::trust::goal::Newest;
 use offshoot::trust::refresh::{Outcome, Refresh, Reply, Want};
 use offshoot::trust::schema::File;
 use offshoot::trust::store::Store;
@@ -23,7 +24,11 @@ impl Device {
     }
 
     /// A poll of `stable` for `qemu-x86_64`.
-    pub(crate) fn poll(&mut self, public: &Path, now: Time) -> anyhow::Result<Outcome> {
+    pub(crate) fn poll(
+        &mut self,
+        public: &Path,
+        now: Time,
+    ) -> anyhow::Result<Outcome<Verified<Release>>> {
         self.poll_moving(|_| public.to_owned(), now)
     }
 
@@ -32,19 +37,18 @@ impl Device {
         &mut self,
         public: impl Fn(usize) -> PathBuf,
         now: Time,
-    ) -> anyhow::Result<Outcome> {
-        let (channel, hardware) = ("stable".parse()?, "qemu-x86_64".parse()?);
-        let mut refresh = Refresh::new(&self.store, channel, hardware, now, Time::UNIX_EPOCH);
+    ) -> anyhow::Result<Outcome<Verified<Release>>> {
+        let goal = Newest {
+            channel: "stable".parse()?,
+            hardware: "qemu-x86_64".parse()?,
+        };
+        let mut refresh = Refresh::new(&self.store, goal, now, Time::UNIX_EPOCH);
         let mut requests = 0..;
         loop {
             let reply = match refresh.want() {
                 Want::Poll { path, .. } => get(&public(requests.next().unwrap()), path),
                 Want::File { path, .. } => get(&public(requests.next().unwrap()), &path),
-                Want::KeepRoot(bytes) => {
-                    let bytes = bytes.to_owned();
-                    self.store.persist_root(&bytes)?;
-                    Reply::Kept
-                }
+                Want::Keep => refresh.keep(&mut self.store)?,
                 Want::Done => return refresh.finish(&mut self.store),
             };
             refresh = refresh.supply(reply)?;

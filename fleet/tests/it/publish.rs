@@ -31,7 +31,7 @@ fn a_device_goes_from_an_empty_channel_through_two_releases() {
     assert_eq!(made["channels"], json!(["stable"]));
     let mut device = bench.device();
     assert_eq!(
-        device.poll(&bench.public(), Time::now()).unwrap().release,
+        device.poll(&bench.public(), Time::now()).unwrap().found,
         None
     );
 
@@ -53,7 +53,7 @@ fn a_device_goes_from_an_empty_channel_through_two_releases() {
         let release = device
             .poll(&bench.public(), Time::now())
             .unwrap()
-            .release
+            .found
             .unwrap();
         assert_eq!(checked(&bench.public(), &release), version);
         assert_eq!(release.manifest.commit.to_string(), commit);
@@ -165,7 +165,7 @@ fn the_same_again_changes_nothing_and_a_version_is_never_used_twice() {
         .device()
         .poll(&bench.public(), Time::now())
         .unwrap()
-        .release
+        .found
         .unwrap();
     assert_eq!(checked(&bench.public(), &release), "1.0.0");
     let status = bench.run(&["status"]);
@@ -229,7 +229,7 @@ fn what_is_not_a_release_is_refused_and_nothing_is_published() {
             .device()
             .poll(&bench.public(), Time::now())
             .unwrap()
-            .release,
+            .found,
         None
     );
     fs::rename(bench.path("elsewhere"), &key).unwrap();
@@ -282,7 +282,7 @@ fn a_channel_more_has_its_own_key_and_the_devices_of_the_others_go_on() {
     let release = device
         .poll(&bench.public(), Time::now())
         .unwrap()
-        .release
+        .found
         .unwrap();
     assert_eq!(checked(&bench.public(), &release), "1.0.0");
     let status = bench.run(&["status"]);
