@@ -96,15 +96,16 @@ enum ChannelVerb {
 
 /// Turn a root file system into an OSTree commit.
 ///
-/// The directory is not changed. Owners, modes and extended attributes are kept as they are, so run it as root on a tree
-/// that has the device's own. What OSTree wants elsewhere goes there: /etc becomes /usr/etc, the kernel and the initramfs
-/// go to /usr/lib/modules/VERSION, /var is left out, /home, /root, /srv, /opt, /mnt and /usr/local become links into it. The
-/// same tree and the same --timestamp give the same commit.
+/// The tree is a directory or a tar, and is not changed. Owners, modes and extended attributes are kept as they are: read a directory
+/// as root; a tar can be read by anybody, if it was made with --numeric-owner --xattrs. What OSTree wants elsewhere goes
+/// there: /etc becomes /usr/etc, the kernel and the initramfs go to /usr/lib/modules/VERSION, /var is left out, /home, /root, /srv,
+/// /opt, /mnt and /usr/local become links into it. A tree with /usr/etc and no /etc stays as it is laid out. The same tree and
+/// the same --timestamp give the same commit.
 ///
-/// Example: offshoot-fleet compose --tree rootfs --branch os/stable/qemu-x86_64 --release 1.4.0
+/// Example: offshoot-fleet compose --tree rootfs.tar --branch os/stable/qemu-x86_64 --release 1.4.0
 #[derive(Args)]
 struct ComposeArguments {
-    /// The root file system.
+    /// The root file system: a directory, a tar, or - for a tar on standard input.
     #[arg(long)]
     tree: PathBuf,
     /// The OSTree repository, made if it does not exist; `repo` in the operator's directory if not given.
@@ -268,6 +269,12 @@ fn composing(directory: &Path, options: &ComposeArguments, json: bool) -> Result
             "kernel {}, {} packages, {} files; {} entries of /var left out",
             composed.kernel, composed.packages, composed.files, composed.left_out
         );
+        if !composed.replaced.is_empty() {
+            eprintln!(
+                "replaced by links, with what was in them: {}",
+                composed.replaced.join(", ")
+            );
+        }
     }
     say(json, &composed, || composed.commit.to_string())
 }

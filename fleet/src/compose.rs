@@ -5,50 +5,53 @@
 //! | `/etc` | `/usr/etc` |
 //! | `/boot/vmlinuz-V`, `/boot/initrd.img-V` or `/boot/initramfs-V.img` | `/usr/lib/modules/V/vmlinuz`, `initramfs.img`, unless they are there |
 //! | `/boot`, `/var`, `/proc`, `/sys`, `/dev`, `/run`, `/tmp` | empty directories |
-//! | `/home`, `/root`, `/srv`, `/opt`, `/mnt`, `/media`, `/usr/local` | links, with a tmpfiles.d file that makes what they name |
+//! | `/home`, `/root`, `/srv`, `/opt`, `/mnt`, `/media`, `/usr/local` | links, with a tmpfiles.d file that makes what they name; what is a link already stays |
 //! | the rest | itself: owner, mode, extended attributes, content |
+//!
+//! A tree that has `/usr/etc` and no `/etc` is laid out already: of the links above only `/ostree` is made, and directories in their place stay.
 //!
 //! The repository's transaction makes it all or nothing: a cut before its end leaves the branch where it was.
 
-use std::collections::BTreeSet;
-use std::fs::{self, Metadata};
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
-use std::path::{Path, PathBuf};
+mod source;
+mod tar;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use offshoot::commit::Commit;
 use ostree::gio::{self, Cancellable};
 use ostree::glib::{self, prelude::*};
-use ostree::{MutableTree, ObjectType, Repo, RepoFile, RepoMode};
+use ostree::{MutableTree, Repo, RepoFile, RepoMode};
 use serde::Serialize;
+
+use source::{Directory, Node, Storage};
 
 const NONE: Option<&Cancellable> = None;
 
 /// Made empty, whatever they hold.
 const EMPTY: [&str; 8] = ["boot", "dev", "proc", "run", "sys", "sysroot", "tmp", "var"];
 
-/// Links into what a device keeps.
-const LINKS: [(&str, &str); 7] = [
-    ("home", "var/home"),
-    ("media", "run/media"),
-    ("mnt", "var/mnt"),
-    ("opt", "var/opt"),
-    ("ostree", "sysroot/ostree"),
-    ("root", "var/roothome"),
-    ("srv", "var/srv"),
+/// Links into what a device keeps, and what makes their targets.
+const LINKS: [(&str, &str, &str); 7] = [
+    ("home", "var/home", "d /var/home 0755 root root -\n"),
+    ("media", "run/media", "d /run/media 0755 root root -\n"),
+    ("mnt", "var/mnt", "d /var/mnt 0755 root root -\n"),
+    ("opt", "var/opt", "d /var/opt 0755 root root -\n"),
+    ("ostree", "sysroot/ostree", ""),
+    ("root", "var/roothome", "d /var/roothome 0700 root root -\n"),
+    ("srv", "var/srv", "d /var/srv 0755 root root -\n"),
 ];
 
-const TMPFILES: &str = "\
-# What the root directory's links name.
-d /var/home 0755 root root -
-d /var/mnt 0755 root root -
-d /var/opt 0755 root root -
-d /var/roothome 0700 root root -
-d /var/srv 0755 root root -
-d /var/usrlocal 0755 root root -
-d /run/media 0755 root root -
-";
+/// The same, in /usr.
+const LOCAL: (&str, &str, &str) = (
+    "local",
+    "../var/usrlocal",
+    "d /var/usrlocal 0755 root root -\n",
+);
+
+const TMPFILES: &str = "# What the root directory's links name.\n";
 
 /// What became of a tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -59,38 +62,37 @@ pub(crate) struct Composed {
     pub files: usize,
     /// Entries directly below /var that are not in the commit.
     pub left_out: usize,
+    /// Directories that had content and are links now.
+    pub replaced: Vec<String>,
 }
 
 pub(crate) fn compose(
     tree: &Path,
-    repo: &Path,
+    repo_path: &Path,
     branch: &str,
     release: &str,
     timestamp: u64,
 ) -> Result<Composed> {
-    let repo = open(repo)?;
-    let kernel = Kernel::find(tree)?;
-    let packages = packages(tree)?;
-    let left_out = fs::read_dir(tree.join("var")).map_or(0, Iterator::count);
-    repo.prepare_transaction(NONE)
+    let repo = open(repo_path)?;
+    // Aborted when it is dropped.
+    let transaction = repo
+        .auto_transaction(NONE)
         .context("beginning a transaction")?;
-    let mut composer = Composer {
-        repo: &repo,
-        root: tree,
-        kernel: &kernel,
-        files: 0,
-    };
-    let root = MutableTree::new();
-    composer.root(&root)?;
-    let files = composer.files;
-    let root = repo.write_mtree(&root, NONE).context("writing the tree")?;
+    let storage = Storage::new(&repo, repo_path.join("tmp"));
+    let source = source::read(&storage, tree)?;
+    let packages = packages(source.packages.as_deref().unwrap_or_default());
+    let (root, kernel, replaced) =
+        lay_out(&storage, source.root).with_context(|| format!("laying out {}", tree.display()))?;
+    let mtree = MutableTree::new();
+    let files = fill(&mtree, &root)?;
+    let root = repo.write_mtree(&mtree, NONE).context("writing the tree")?;
     let Ok(root) = root.downcast::<RepoFile>() else {
         bail!("the tree that was written is not one of the repository")
     };
     let metadata = glib::VariantDict::new(None);
     metadata.insert("version", release);
     metadata.insert("ostree.bootable", true);
-    metadata.insert("ostree.linux", kernel.version.as_str());
+    metadata.insert("ostree.linux", kernel.as_str());
     metadata.insert("ostree.ref-binding", vec![branch]);
     metadata.insert("offshoot.packages", &packages);
     let metadata = metadata.end();
@@ -106,15 +108,17 @@ pub(crate) fn compose(
         )
         .context("writing the commit")?;
     repo.transaction_set_ref(None, branch, Some(&checksum));
-    repo.commit_transaction(NONE)
+    transaction
+        .commit(NONE)
         .context("committing the transaction")?;
     let commit = checksum.parse()?;
     Ok(Composed {
         commit,
-        kernel: kernel.version,
+        kernel,
         packages: packages.len(),
         files,
-        left_out,
+        left_out: source.left_out,
+        replaced,
     })
 }
 
@@ -137,74 +141,164 @@ fn open(path: &Path) -> Result<Repo> {
     Ok(repo)
 }
 
+/// Everything where OSTree wants it; the kernel's version, and the directories that had content and are links now.
+fn lay_out(storage: &Storage, mut root: Directory) -> Result<(Directory, String, Vec<String>)> {
+    let plain = storage.plain_directory()?;
+    let empty = || Directory {
+        meta: plain.clone(),
+        entries: BTreeMap::new(),
+    };
+    let mut etc = root.entries.remove("etc");
+    let mut usr = match root.entries.remove("usr") {
+        Some(Node::Directory(usr)) => usr,
+        Some(_) | None => bail!("it has no directory usr, so it is not a root file system"),
+    };
+    let laid_out = etc.is_none() && usr.entries.contains_key("etc");
+    let boot = root.entries.get("boot").cloned();
+    let kernel = Kernel::find(&usr, boot.as_ref())?;
+
+    root.entries.remove("lost+found");
+    for name in EMPTY {
+        let meta = match root.entries.remove(name) {
+            // /tmp may be a link to /sysroot/tmp.
+            Some(link @ Node::Link { .. }) if laid_out => {
+                root.entries.insert(name.to_owned(), link);
+                continue;
+            }
+            Some(Node::Directory(directory)) => directory.meta,
+            Some(_) | None => plain.clone(),
+        };
+        let entries = BTreeMap::new();
+        let directory = Node::Directory(Directory { meta, entries });
+        root.entries.insert(name.to_owned(), directory);
+    }
+    let (mut replaced, mut tmpfiles) = (Vec::new(), String::new());
+    let mut link = |directory: &mut Directory,
+                    prefix: &str,
+                    (name, target, make): (&str, &str, &str)|
+     -> Result<()> {
+        match directory.entries.get(name) {
+            Some(Node::Link { .. }) => return Ok(()),
+            Some(Node::Directory(_)) | None if laid_out && name != "ostree" => return Ok(()),
+            Some(Node::Directory(held)) if !held.entries.is_empty() => {
+                replaced.push(format!("{prefix}{name}"))
+            }
+            Some(_) | None => {}
+        }
+        tmpfiles += make;
+        directory
+            .entries
+            .insert(name.to_owned(), storage.link(target)?);
+        Ok(())
+    };
+    for one in LINKS {
+        link(&mut root, "", one)?;
+    }
+    link(&mut usr, "usr/", LOCAL)?;
+    if let Some(etc) = etc.take() {
+        ensure!(
+            usr.entries.insert("etc".to_owned(), etc).is_none(),
+            "it has both etc and usr/etc: usr/etc is where etc goes"
+        );
+    }
+    let lib = usr.directory("lib", empty)?;
+    let modules = lib.directory("modules", empty)?;
+    let modules = modules.directory(&kernel.version, empty)?;
+    modules.entries.insert("vmlinuz".to_owned(), kernel.vmlinuz);
+    modules
+        .entries
+        .insert("initramfs.img".to_owned(), kernel.initramfs);
+    if !tmpfiles.is_empty() {
+        let file = storage.plain_file(format!("{TMPFILES}{tmpfiles}").as_bytes())?;
+        let directory = lib.directory("tmpfiles.d", empty)?;
+        directory
+            .entries
+            .insert("offshoot-ostree.conf".to_owned(), file);
+    }
+    root.entries.insert("usr".to_owned(), Node::Directory(usr));
+    Ok((root, kernel.version, replaced))
+}
+
+/// How many files there are.
+fn fill(mtree: &MutableTree, directory: &Directory) -> Result<usize> {
+    mtree.set_metadata_checksum(&directory.meta);
+    let mut files = 0;
+    for (name, node) in &directory.entries {
+        match node {
+            Node::Directory(directory) => files += fill(&mtree.ensure_dir(name)?, directory)?,
+            Node::File(checksum) | Node::Link { checksum } => {
+                mtree.replace_file(name, checksum)?;
+                files += 1;
+            }
+        }
+    }
+    Ok(files)
+}
+
 /// The one kernel of a tree.
 struct Kernel {
     version: String,
-    vmlinuz: PathBuf,
-    initramfs: PathBuf,
+    vmlinuz: Node,
+    initramfs: Node,
 }
 
 impl Kernel {
-    fn find(tree: &Path) -> Result<Self> {
-        let modules = tree.join("usr/lib/modules");
-        let mut versions = BTreeSet::new();
-        for entry in
-            fs::read_dir(&modules).with_context(|| format!("reading {}", modules.display()))?
-        {
-            let entry = entry.with_context(|| format!("reading {}", modules.display()))?;
-            versions.insert(entry.file_name().to_string_lossy().into_owned());
-        }
-        let first = |paths: &[PathBuf]| paths.iter().find(|path| path.is_file()).cloned();
+    fn find(usr: &Directory, boot: Option<&Node>) -> Result<Self> {
+        let inner = |node: Option<&Node>, name: &str| match node {
+            Some(Node::Directory(directory)) => directory.entries.get(name).cloned(),
+            Some(Node::File(_) | Node::Link { .. }) | None => None,
+        };
+        let modules = inner(usr.entries.get("lib"), "modules");
+        let Some(Node::Directory(modules)) = modules else {
+            bail!("it has no kernel: usr/lib/modules is not there");
+        };
+        let file = |node: Option<Node>| node.filter(|node| matches!(node, Node::File(_)));
         let mut found = Vec::new();
-        for version in &versions {
-            let (own, boot) = (modules.join(version), tree.join("boot"));
-            let vmlinuz = first(&[own.join("vmlinuz"), boot.join(format!("vmlinuz-{version}"))]);
-            let initramfs = [
-                own.join("initramfs.img"),
-                boot.join(format!("initrd.img-{version}")),
-                boot.join(format!("initramfs-{version}.img")),
+        for (version, own) in &modules.entries {
+            let from = |name: &str, in_boot: &[String]| {
+                let from_boot = in_boot.iter().find_map(|name| file(inner(boot, name)));
+                file(inner(Some(own), name)).or(from_boot)
+            };
+            let Some(vmlinuz) = from("vmlinuz", &[format!("vmlinuz-{version}")]) else {
+                continue;
+            };
+            let in_boot = [
+                format!("initrd.img-{version}"),
+                format!("initramfs-{version}.img"),
             ];
-            if let Some(vmlinuz) = vmlinuz {
-                let Some(initramfs) = first(&initramfs) else {
-                    bail!("kernel {version} has no initramfs: none of {initramfs:?} is there");
-                };
-                found.push(Self {
-                    version: version.clone(),
-                    vmlinuz,
-                    initramfs,
-                });
-            }
-        }
-        match (found.pop(), found.is_empty()) {
-            (Some(kernel), true) => Ok(kernel),
-            (None, _) => bail!(
-                "{} has no kernel: neither usr/lib/modules/VERSION/vmlinuz nor boot/vmlinuz-VERSION is there for {versions:?}",
-                tree.display()
-            ),
-            (Some(last), false) => {
-                let all: Vec<_> = found
-                    .iter()
-                    .chain([&last])
-                    .map(|kernel| kernel.version.as_str())
-                    .collect();
-                bail!(
-                    "{} has more than one kernel, {all:?}: remove all but the one to boot",
-                    tree.display()
+            let initramfs = from("initramfs.img", &in_boot).with_context(|| {
+                format!(
+                    "kernel {version} has no initramfs: neither usr/lib/modules/{version}/initramfs.img nor boot/{} nor boot/{} is there",
+                    in_boot[0], in_boot[1]
                 )
-            }
+            })?;
+            found.push(Self {
+                version: version.clone(),
+                vmlinuz,
+                initramfs,
+            });
         }
+        let names = |all: &[Self]| -> Vec<String> {
+            all.iter().map(|kernel| kernel.version.clone()).collect()
+        };
+        ensure!(
+            found.len() < 2,
+            "it has more than one kernel, {:?}: remove all but the one to boot",
+            names(&found)
+        );
+        found.pop().with_context(|| {
+            format!(
+                "it has no kernel: neither usr/lib/modules/VERSION/vmlinuz nor boot/vmlinuz-VERSION is there for {:?}",
+                modules.entries.keys()
+            )
+        })
     }
 }
 
 /// Name, version and architecture of what dpkg says is installed.
-fn packages(tree: &Path) -> Result<Vec<(String, String, String)>> {
-    let path = tree.join("var/lib/dpkg/status");
-    if !path.exists() {
-        return Ok(Vec::new());
-    }
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+fn packages(status: &str) -> Vec<(String, String, String)> {
     let mut packages = Vec::new();
-    for paragraph in text.split("\n\n") {
+    for paragraph in status.split("\n\n") {
         let field = |name: &str| {
             paragraph
                 .lines()
@@ -218,211 +312,5 @@ fn packages(tree: &Path) -> Result<Vec<(String, String, String)>> {
         }
     }
     packages.sort();
-    Ok(packages)
-}
-
-struct Composer<'a> {
-    repo: &'a Repo,
-    root: &'a Path,
-    kernel: &'a Kernel,
-    files: usize,
-}
-
-impl Composer<'_> {
-    fn root(&mut self, mtree: &MutableTree) -> Result<()> {
-        self.dirmeta(mtree, self.root)?;
-        for path in entries(self.root)? {
-            let name = name(&path)?;
-            let elsewhere = name == "etc"
-                || name == "lost+found"
-                || LINKS.iter().any(|(link, _)| *link == name);
-            if EMPTY.contains(&name) {
-                self.dirmeta(&mtree.ensure_dir(name)?, &path)?;
-            } else if !elsewhere {
-                self.entry(mtree, &path)?;
-            }
-        }
-        for name in EMPTY {
-            if !self.root.join(name).exists() {
-                self.plain_dirmeta(&mtree.ensure_dir(name)?)?;
-            }
-        }
-        for (link, target) in LINKS {
-            self.link(mtree, link, target)?;
-        }
-        let usr = mtree.ensure_dir("usr")?;
-        if self.root.join("etc").exists() {
-            ensure!(
-                !self.root.join("usr/etc").exists(),
-                "{} has both etc and usr/etc: usr/etc is where etc goes",
-                self.root.display()
-            );
-            self.directory(&usr.ensure_dir("etc")?, &self.root.join("etc"))?;
-        }
-        self.link(&usr, "local", "../var/usrlocal")?;
-        let lib = usr.ensure_dir("lib")?;
-        let modules = lib
-            .ensure_dir("modules")?
-            .ensure_dir(&self.kernel.version)?;
-        self.file(&modules, "vmlinuz", &self.kernel.vmlinuz)?;
-        self.file(&modules, "initramfs.img", &self.kernel.initramfs)?;
-        let tmpfiles = lib.ensure_dir("tmpfiles.d")?;
-        if !self.root.join("usr/lib/tmpfiles.d").exists() {
-            self.plain_dirmeta(&tmpfiles)?;
-        }
-        let checksum = self.repo.write_regfile_inline(
-            None,
-            0,
-            0,
-            0o100_644,
-            None,
-            TMPFILES.as_bytes(),
-            NONE,
-        )?;
-        tmpfiles.replace_file("offshoot-ostree.conf", &checksum)?;
-        Ok(())
-    }
-
-    fn directory(&mut self, mtree: &MutableTree, path: &Path) -> Result<()> {
-        self.dirmeta(mtree, path)?;
-        for entry in entries(path)? {
-            if entry != self.root.join("usr/local") {
-                self.entry(mtree, &entry)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn entry(&mut self, mtree: &MutableTree, path: &Path) -> Result<()> {
-        let name = name(path)?;
-        let kind = metadata(path)?.file_type();
-        if kind.is_dir() {
-            self.directory(&mtree.ensure_dir(name)?, path)
-        } else if kind.is_file() || kind.is_symlink() {
-            self.file(mtree, name, path)
-        } else {
-            let what = if kind.is_socket() {
-                "a socket"
-            } else {
-                "a device or pipe"
-            };
-            bail!(
-                "{} is {what}: an OSTree commit cannot hold it, make it at boot",
-                path.display()
-            )
-        }
-    }
-
-    fn file(&mut self, mtree: &MutableTree, name: &str, path: &Path) -> Result<()> {
-        let meta = metadata(path)?;
-        let xattrs = xattrs(path)?;
-        let write = || -> Result<glib::GString> {
-            if meta.file_type().is_symlink() {
-                let target = fs::read_link(path)?;
-                let target = target.to_str().context("its target is not UTF-8")?;
-                Ok(self.repo.write_symlink(
-                    None,
-                    meta.uid(),
-                    meta.gid(),
-                    Some(&xattrs),
-                    target,
-                    NONE,
-                )?)
-            } else {
-                let bytes = fs::read(path)?;
-                let (uid, gid, mode) = (meta.uid(), meta.gid(), meta.mode());
-                Ok(self.repo.write_regfile_inline(
-                    None,
-                    uid,
-                    gid,
-                    mode,
-                    Some(&xattrs),
-                    &bytes,
-                    NONE,
-                )?)
-            }
-        };
-        let checksum = write().with_context(|| format!("storing {}", path.display()))?;
-        mtree.replace_file(name, &checksum)?;
-        self.files += 1;
-        Ok(())
-    }
-
-    fn link(&self, mtree: &MutableTree, name: &str, target: &str) -> Result<()> {
-        let checksum = self.repo.write_symlink(None, 0, 0, None, target, NONE)?;
-        Ok(mtree.replace_file(name, &checksum)?)
-    }
-
-    fn dirmeta(&self, mtree: &MutableTree, path: &Path) -> Result<()> {
-        let meta = metadata(path)?;
-        self.write_dirmeta(
-            mtree,
-            (meta.uid(), meta.gid(), meta.mode()),
-            Some(&xattrs(path)?),
-        )
-    }
-
-    fn plain_dirmeta(&self, mtree: &MutableTree) -> Result<()> {
-        self.write_dirmeta(mtree, (0, 0, 0o040_755), None)
-    }
-
-    fn write_dirmeta(
-        &self,
-        mtree: &MutableTree,
-        (uid, gid, mode): (u32, u32, u32),
-        xattrs: Option<&glib::Variant>,
-    ) -> Result<()> {
-        let info = gio::FileInfo::new();
-        info.set_attribute_uint32("unix::uid", uid);
-        info.set_attribute_uint32("unix::gid", gid);
-        info.set_attribute_uint32("unix::mode", mode);
-        let object = ostree::create_directory_metadata(&info, xattrs);
-        let checksum = self
-            .repo
-            .write_metadata(ObjectType::DirMeta, None, &object, NONE)?;
-        mtree.set_metadata_checksum(&checksum.to_hex());
-        Ok(())
-    }
-}
-
-/// Extended attributes as OSTree stores them: `a(ayay)`, names with their final NUL, sorted.
-fn xattrs(path: &Path) -> Result<glib::Variant> {
-    let read = || -> std::io::Result<Vec<(Vec<u8>, Vec<u8>)>> {
-        let mut all = Vec::new();
-        for name in xattr::list(path)? {
-            if let Some(value) = xattr::get(path, &name)? {
-                all.push(([name.as_bytes(), b"\0"].concat(), value));
-            }
-        }
-        all.sort();
-        Ok(all)
-    };
-    Ok(read()
-        .with_context(|| format!("reading extended attributes of {}", path.display()))?
-        .to_variant())
-}
-
-fn entries(directory: &Path) -> Result<Vec<PathBuf>> {
-    let read = || -> std::io::Result<Vec<PathBuf>> {
-        fs::read_dir(directory)?
-            .map(|entry| Ok(entry?.path()))
-            .collect()
-    };
-    let mut paths = read().with_context(|| format!("reading {}", directory.display()))?;
-    paths.sort();
-    Ok(paths)
-}
-
-fn metadata(path: &Path) -> Result<Metadata> {
-    fs::symlink_metadata(path).with_context(|| format!("reading {}", path.display()))
-}
-
-fn name(path: &Path) -> Result<&str> {
-    let name = path.file_name().and_then(|name| name.to_str());
-    name.with_context(|| {
-        format!(
-            "{} is not a UTF-8 name, which an OSTree commit needs",
-            path.display()
-        )
-    })
+    packages
 }
