@@ -15,6 +15,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
 use jiff::{SignedDuration, Timestamp as Time};
@@ -25,6 +26,9 @@ use serde::{Deserialize, Serialize};
 use crate::keys::Keys;
 
 pub(crate) const SETTINGS: &str = "fleet.toml";
+
+/// How long another one at work is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug)]
 pub(crate) struct Fleet {
@@ -150,7 +154,8 @@ impl Fleet {
         Ok(path)
     }
 
-    /// Gone with the process that holds it, however that ends.
+    /// Gone with the process that holds it, however that ends. A short while is waited for another one: a refresh by a timer need not
+    /// fail because somebody looks.
     pub(crate) fn lock(&self) -> Result<Lock> {
         let path = self.directory.join(".lock");
         let file = File::options()
@@ -159,10 +164,20 @@ impl Fleet {
             .write(true)
             .open(&path)
             .with_context(|| format!("opening {}", path.display()))?;
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(Lock(file)),
-            Err(rustix::io::Errno::WOULDBLOCK) => Err(Busy(self.directory.clone()).into()),
-            Err(error) => Err(error).with_context(|| format!("locking {}", path.display())),
+        let give_up = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => return Ok(Lock(file)),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < give_up => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(rustix::io::Errno::WOULDBLOCK) => {
+                    return Err(Busy(self.directory.clone()).into());
+                }
+                Err(error) => {
+                    return Err(error).with_context(|| format!("locking {}", path.display()));
+                }
+            }
         }
     }
 
