@@ -10,6 +10,7 @@ use std::fs::{self, File, Permissions};
 use std::io::{self, BufReader, Read, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use offshoot::commit::Sha256;
@@ -98,6 +99,9 @@ impl Writer {
                 digest.update(&buffer[..read]);
                 length += read as u64;
             }
+            if let Some(time) = distinct_time(&path)? {
+                file.set_modified(time)?;
+            }
             // Whatever the umask: a web server under another user is to read it.
             file.set_permissions(Permissions::from_mode(0o644))?;
             file.sync_all()?;
@@ -130,6 +134,22 @@ impl Writer {
     }
 }
 
+/// The time that a new file at `path` needs so that web servers tell it from the former one: many make a file's entity tag of its size
+/// and its time in whole seconds, and a device that polled between two publications in one second would be told "not modified".
+fn distinct_time(path: &Path) -> io::Result<Option<SystemTime>> {
+    let former = match fs::metadata(path) {
+        Ok(former) => former.modified()?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let seconds = |time: SystemTime| {
+        time.duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs())
+    };
+    let least = seconds(former) + 1;
+    Ok((seconds(SystemTime::now()) < least).then(|| UNIX_EPOCH + Duration::from_secs(least)))
+}
+
 /// With all that is missing above it, each of them synced into the one above.
 pub(crate) fn make_directory(directory: &Path) -> io::Result<()> {
     if directory.is_dir() {
@@ -149,4 +169,24 @@ pub(crate) fn make_directory(directory: &Path) -> io::Result<()> {
         parent
     };
     File::open(parent)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_replaced_has_a_later_second() {
+        let temp = tempfile::tempdir().unwrap();
+        let writer = Writer::new(temp.path());
+        let mut former = 0;
+        for content in ["a", "b", "c"] {
+            writer.write("file", content.as_bytes()).unwrap();
+            let seconds = fs::metadata(temp.path().join("file")).unwrap().mtime();
+            assert!(seconds > former);
+            former = seconds;
+        }
+    }
 }
