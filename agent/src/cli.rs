@@ -24,6 +24,7 @@ use crate::decide::Why;
 use crate::device;
 use crate::events;
 use crate::health::{self, Ending};
+use crate::selftest::{self, Ending as Tested};
 use crate::status::{Share, Status};
 
 /// Updates this device: a new system beside the running one, kept only if it proves healthy.
@@ -35,7 +36,7 @@ use crate::status::{Share, Status};
     version,
     after_help = "Exit codes: 0 done, 1 failed (the reason is on standard error), 2 usage, 3 a required health check failed, \
                   4 the daemon is not running, 5 not permitted, 6 there is nothing to update to (the reason is told), \
-                  7 the server could not be asked."
+                  7 the server could not be asked, 8 the self-test found something."
 )]
 struct Arguments {
     /// Answer in JSON.
@@ -93,6 +94,31 @@ enum Verb {
         /// The release's commit; without it, the newest release.
         commit: Option<Commit>,
     },
+    /// Test whether this unit would survive a bad release, where it is made.
+    ///
+    /// Without options it looks and changes nothing. Ends with 0 if everything passed, with 8 if not; what was found and what to do
+    /// about it is printed, one line a question.
+    ///
+    /// On the line: `offshoot selftest --rehearse`, which reboots the unit three times and takes a few minutes; then
+    /// `offshoot selftest --result`.
+    Selftest {
+        /// Also try, over reboots: that bootloader and system share one environment, that a spent counter falls back, that the
+        /// watchdog fires. Nothing is installed, and the unit is left as it was.
+        #[arg(long)]
+        rehearse: bool,
+        /// Rehearse without the watchdog.
+        #[arg(long, requires = "rehearse")]
+        no_watchdog: bool,
+        /// Tell the last finished test, and test nothing; ends with 1 if there is none.
+        #[arg(long, conflicts_with = "rehearse")]
+        result: bool,
+        /// End a rehearsal where it is.
+        #[arg(long, conflicts_with_all = ["rehearse", "result"])]
+        abandon: bool,
+        /// Go on with a rehearsal after its reboot (offshoot-selftest.service does).
+        #[arg(long, hide = true, conflicts_with_all = ["rehearse", "result", "abandon"])]
+        resume: bool,
+    },
     /// Run the health checks of this boot (offshoot-health.service does).
     ///
     /// Executables in required.d and wanted.d below /usr/lib/offshoot/health and /etc/offshoot/health; one in /etc replaces the
@@ -117,6 +143,7 @@ mod code {
     pub(super) const NOT_PERMITTED: u8 = 5;
     pub(super) const NOTHING: u8 = 6;
     pub(super) const NOT_ASKED: u8 = 7;
+    pub(super) const NOT_SOUND: u8 = 8;
 }
 
 /// The command line, for what is made from it: the manual page and the shells' completions (`examples/docs.rs`).
@@ -184,6 +211,36 @@ impl Cli<'_> {
                 self.told(answer)
             }
             Verb::Retry { commit } => self.retry(*commit).await,
+            Verb::Selftest {
+                rehearse,
+                no_watchdog,
+                result,
+                abandon,
+                resume,
+            } => {
+                let ending = match (rehearse, result, abandon, resume) {
+                    (true, ..) => Some(selftest::rehearse(&self.config, !no_watchdog).await?),
+                    (_, true, ..) => selftest::last(&self.config)?.map(Tested::Finished),
+                    (_, _, true, _) => {
+                        let abandoned = selftest::abandon(&self.config)?;
+                        self.say(
+                            if abandoned {
+                                "abandoned"
+                            } else {
+                                "nothing to abandon"
+                            },
+                            &json!({ "abandoned": abandoned }),
+                        )?;
+                        return Ok(ExitCode::SUCCESS);
+                    }
+                    (.., true) => match selftest::resume(&self.config)? {
+                        None => return Ok(ExitCode::SUCCESS),
+                        ending => ending,
+                    },
+                    _ => Some(Tested::Finished(selftest::look(&self.config).await?)),
+                };
+                self.tested(ending).await
+            }
             Verb::Health => self.health().await,
             Verb::Confirm => self.confirm(),
             Verb::Daemon => self.daemon().await,
@@ -348,6 +405,35 @@ impl Cli<'_> {
         let path = format!("/v1/rejections/{commit}");
         let answer = self.ask(Method::DELETE, &path, None).await?;
         self.told(answer)
+    }
+
+    async fn tested(&self, ending: Option<Tested>) -> Result<ExitCode> {
+        match ending {
+            None => {
+                eprintln!("offshoot: no self-test was finished on this unit");
+                Ok(ExitCode::from(code::FAILED))
+            }
+            Some(Tested::Reboot) => {
+                let text =
+                    "rebooting; the rehearsal goes on, `offshoot selftest --result` tells its end";
+                self.say(text, &json!({ "rebooting": true }))?;
+                device::reboot(&self.config.install.reboot_command).await?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Some(Tested::Finished(report)) => {
+                let lines = report.answers.iter().map(|answer| {
+                    let verdict = if answer.passed { "ok  " } else { "FAIL" };
+                    format!("{verdict} {:19} {}", answer.question.name(), answer.found)
+                });
+                let text = lines.collect::<Vec<_>>().join("\n");
+                self.say(text, &report)?;
+                Ok(if report.passed {
+                    ExitCode::SUCCESS
+                } else {
+                    ExitCode::from(code::NOT_SOUND)
+                })
+            }
+        }
     }
 
     async fn health(&self) -> Result<ExitCode> {

@@ -133,6 +133,10 @@ pub struct Paths {
     /// Where libostree finds its deployments; it takes `/` for the running system.
     pub sysroot: PathBuf,
     pub kernel_command_line: PathBuf,
+    /// The kernel's id of this boot.
+    pub boot_id: PathBuf,
+    /// The watchdog that resets a unit that hangs, in sysfs.
+    pub watchdog_class: PathBuf,
     /// The lock that fw_printenv and fw_setenv take.
     pub uboot_lock: PathBuf,
     pub health: Vec<PathBuf>,
@@ -187,6 +191,8 @@ impl Default for Paths {
             root: "/".into(),
             sysroot: "/".into(),
             kernel_command_line: "/proc/cmdline".into(),
+            boot_id: "/proc/sys/kernel/random/boot_id".into(),
+            watchdog_class: "/sys/class/watchdog/watchdog0".into(),
             uboot_lock: "/var/lock/fw_printenv.lock".into(),
             health: vec![
                 "/usr/lib/offshoot/health".into(),

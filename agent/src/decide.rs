@@ -43,6 +43,8 @@ pub struct Facts {
     pub consent: bool,
     /// The bootloader is known to honour the counter.
     pub protected: bool,
+    /// The fallback is being rehearsed (`offshoot selftest`): the counter is the rehearsal's.
+    pub rehearsing: bool,
 }
 
 /// What the health checks said of a trial that failed.
@@ -136,6 +138,8 @@ pub enum Why {
     AnotherDefault,
     /// The bootloader is not known to honour the counter.
     Unprotected,
+    /// The fallback is being rehearsed.
+    Rehearsing,
     /// The release is ready; nobody has allowed taking the device down yet.
     AwaitingConsent,
 }
@@ -143,6 +147,8 @@ pub enum Why {
 /// The next step. One screen a phase; the first row that matches is taken.
 pub fn decide(record: &Record, facts: &Facts) -> Step {
     match record.phase {
+        // It begins only here, and ends by itself.
+        Phase::Idle if facts.rehearsing => Step::Wait(Why::Rehearsing),
         Phase::Idle => idle(record, facts),
         Phase::Staging {
             from,

@@ -37,6 +37,7 @@ use crate::deployment::{Deployments, Done, Failure, Stored};
 use crate::fetch::{FetchError, Name, Server, Slot, Spool, SpoolError};
 use crate::health;
 use crate::record::{Damage, Phase, Record, Rejection, Store};
+use crate::selftest;
 use crate::trust::schema::Delta;
 use crate::trust::{Release, Verified};
 
@@ -171,6 +172,7 @@ impl Device {
             progress: self.progress(offer, &deployments).await?,
             consent: target.is_some_and(consent),
             protected: unprotected.is_none(),
+            rehearsing: selftest::is_rehearsing(&self.paths.state),
         };
         Ok(Observed {
             facts,

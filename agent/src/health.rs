@@ -30,6 +30,7 @@ use crate::commit::Commit;
 use crate::config::Config;
 use crate::decide::Verdict;
 use crate::record::{self, Phase};
+use crate::selftest;
 
 /// What the checks said on one boot: `/run/offshoot/health.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +100,10 @@ pub async fn run(config: &Config) -> Result<(Ending, Report)> {
     if report.healthy {
         return Ok((Ending::Healthy, report));
     }
+    // A rehearsal puts a good system on trial, to see it given up.
+    if selftest::is_rehearsing(&config.paths.state) {
+        return Ok((Ending::Unhealthy, report));
+    }
     let on_trial = match (mark, record::peek(&config.paths.state)?.phase) {
         (Mark::Trial { .. }, Phase::Trial { target, .. }) => {
             booted.is_none_or(|booted| booted == target)
@@ -127,8 +132,11 @@ pub async fn run(config: &Config) -> Result<(Ending, Report)> {
     Ok((Ending::FallBack, report))
 }
 
-/// The trial is kept: one environment write. Not an error when nothing is on trial.
+/// The trial is kept: one environment write. Not an error when nothing is on trial; what a rehearsal has armed is not a trial to be kept.
 pub fn confirm(config: &Config) -> Result<bootloader_glue::Confirmed> {
+    if selftest::is_rehearsing(&config.paths.state) {
+        return Ok(bootloader_glue::Confirmed::NotArmed);
+    }
     config
         .bootloader()
         .confirm()

@@ -248,6 +248,7 @@ impl Why {
             Self::Held => "held",
             Self::AnotherDefault => "another-default",
             Self::Unprotected => "unprotected",
+            Self::Rehearsing => "rehearsing",
             Self::AwaitingConsent => "awaiting-consent",
         }
     }
@@ -270,6 +271,9 @@ impl fmt::Display for Why {
             }
             Self::Unprotected => {
                 "a bad release could not be rolled back: the bootloader does not count"
+            }
+            Self::Rehearsing => {
+                "the fallback is being rehearsed (offshoot selftest): it goes on after the next reboot"
             }
             Self::AwaitingConsent => "a release is ready: `offshoot update` installs it and reboots",
         })

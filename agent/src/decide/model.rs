@@ -127,6 +127,7 @@ impl World {
             },
             consent: true,
             protected: true,
+            rehearsing: false,
         }
     }
 
@@ -611,6 +612,23 @@ fn rows_for_what_only_others_can_leave_behind() {
         decide(&world.record, &facts(&world)),
         Step::Confirmed { target }
     );
+
+    // What the counter says during a rehearsal is not about any release.
+    world = start(0);
+    for (mark, environment) in [
+        (Mark::Normal, armed(0)),
+        (Mark::Trial { tries: 1 }, armed(1)),
+        (Mark::Fallback(Fallback::Exhausted), armed(3)),
+    ] {
+        world.environment = environment;
+        let facts = Facts {
+            mark,
+            rehearsing: true,
+            ..facts(&world)
+        };
+        let step = decide(&world.record, &facts);
+        assert_eq!(step, Step::Wait(Why::Rehearsing));
+    }
 
     // An operator's own deployment is not taken away, and a hold holds.
     world = start(0);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use bootloader_glue::grub;
 use bootloader_glue::protocol::{self, Counter, Environment, Mark};
-use offshoot::commit::Commit;
+use offshoot::commit::{Commit, Sha256};
 use offshoot::config::Config;
 use offshoot::deployment::Deployments;
 use offshoot::health;
@@ -185,7 +185,7 @@ impl Machine {
             "[server]\nurl = '{}'\nca = '{}'\nstall = 5\n[device]\nhardware = '{HARDWARE}'\nchannel = 'stable'\n\
              [poll]\ninterval = 1\n[install]\nreboot_command = ['touch', '{}']\n[bootloader]\nenvironment = '{}'\n\
              [paths]\nstate = '{}'\nrun = '{}'\nroot = '{}'\nsysroot = '{}'\nboot = '{}'\nkernel_command_line = '{}'\n\
-             deployer = '{}'\nbootloader_generator = '{}'\nroot_metadata = '{}'\nhealth = ['{}']\n",
+             boot_id = '{}'\nwatchdog_class = '{}'\ndeployer = '{}'\nbootloader_generator = '{}'\nroot_metadata = '{}'\nhealth = ['{}']\n",
             server.url(),
             self.identity.ca().display(),
             at("rebooted"),
@@ -196,6 +196,8 @@ impl Machine {
             at("sysroot"),
             at("sysroot/boot"),
             at("cmdline"),
+            at("boot_id"),
+            at("watchdog0"),
             env!("CARGO_BIN_EXE_offshoot-deployer"),
             at("generator"),
             at("root.json"),
@@ -212,11 +214,16 @@ impl Machine {
 
     /// The bootloader's turn: it counts, chooses, and tells the kernel. Whatever ran is gone.
     pub fn power_on(&self) -> Booted {
-        let deployments = self.deployments();
-        let boot = protocol::boot(&self.environment(), deployments.len(), true);
+        let boot = protocol::boot(&self.environment(), self.deployments().len(), true);
         if let Some(counter) = boot.saved {
             self.save(counter);
         }
+        self.start(boot)
+    }
+
+    /// A boot under a bootloader that has decided so, whatever the environment says.
+    pub fn start(&self, boot: protocol::Boot) -> Booted {
+        let deployments = self.deployments();
         let commit = deployments[boot.entry];
         let deployment = self.path(&format!("sysroot/ostree/deploy/os/deploy/{commit}.0"));
         let root = self.path("root");
@@ -225,6 +232,9 @@ impl Machine {
         }
         symlink(deployment, root).unwrap();
         fs::write(self.path("cmdline"), format!("rw {}\n", boot.mark)).unwrap();
+        // Any name that no boot had before.
+        let boot_id = Sha256::of(&fs::read(self.path("boot_id")).unwrap_or_default());
+        fs::write(self.path("boot_id"), boot_id.to_string()).unwrap();
         let rebooted = self.path("rebooted");
         if rebooted.exists() {
             fs::remove_file(rebooted).unwrap();
