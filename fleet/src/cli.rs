@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use jiff::Timestamp as Time;
 use offshoot::trust::schema::{HardwareId, ReleaseVersion, RoleName};
 use serde::Serialize;
@@ -14,6 +14,8 @@ use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
 use crate::{compose, init, publish, refresh, serve, status};
+
+const NAME: &str = "offshoot-fleet";
 
 /// Composes and publishes OS releases for devices that Offshoot updates.
 ///
@@ -23,10 +25,16 @@ use crate::{compose, init, publish, refresh, serve, status};
 /// Exit codes: 0 done, 1 failed (the reason is on standard error), 2 usage, 3 another offshoot-fleet is at work in the directory,
 /// 4 `status --check` has warnings.
 #[derive(Parser)]
-#[command(name = "offshoot-fleet", version)]
+#[command(name = NAME, version, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
     /// The operator's directory.
-    #[arg(long, global = true, default_value = ".", env = "OFFSHOOT_FLEET")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        default_value = ".",
+        env = "OFFSHOOT_FLEET"
+    )]
     fleet: PathBuf,
     /// Answer in JSON.
     #[arg(long, global = true)]
@@ -61,6 +69,18 @@ enum Verb {
         check: bool,
     },
     Serve(ServeArguments),
+    /// Write a manual page to standard output: this program's, or that of one of its verbs.
+    #[command(hide = true)]
+    Man {
+        /// The verb.
+        verb: Option<String>,
+    },
+    /// Write a shell's completions to standard output.
+    #[command(hide = true)]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Make the operator's directory: keys, settings, repository, and a first publication without releases.
@@ -130,6 +150,7 @@ struct ComposeArguments {
 /// Example: offshoot-fleet publish --channel stable --hardware qemu-x86_64 --release 1.4.0 os/stable/qemu-x86_64
 #[derive(Args)]
 struct PublishArguments {
+    /// The channel to publish to.
     #[arg(long)]
     channel: RoleName,
     /// The kind of device that it is for, one of those in fleet.toml.
@@ -232,6 +253,12 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             }
             Ok(())
         }
+        Verb::Man { verb } => manual(verb.as_deref()),
+        Verb::Completions { shell } => {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Arguments::command(), NAME, &mut text);
+            out(&text)
+        }
         Verb::Serve(options) => {
             let serving = serve::Options {
                 listen: options.listen,
@@ -250,6 +277,31 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
     }?;
     Ok(ExitCode::SUCCESS)
+}
+
+fn manual(verb: Option<&str>) -> Result<()> {
+    let mut command = Arguments::command();
+    command.build();
+    let command = match verb {
+        None => command,
+        Some(verb) => command
+            .find_subcommand(verb)
+            .with_context(|| format!("there is no verb {verb}: `{NAME} --help` lists them"))?
+            .clone(),
+    };
+    let mut text = Vec::new();
+    clap_mangen::Man::new(command)
+        .source(concat!("offshoot-fleet ", env!("CARGO_PKG_VERSION")))
+        .render(&mut text)
+        .context("writing the page")?;
+    out(&text)
+}
+
+fn out(text: &[u8]) -> Result<()> {
+    let mut out = std::io::stdout();
+    out.write_all(text)
+        .and_then(|()| out.flush())
+        .context("writing the answer")
 }
 
 fn composing(directory: &Path, options: &ComposeArguments, json: bool) -> Result<()> {
@@ -358,10 +410,7 @@ fn say(json: bool, value: &impl Serialize, text: impl FnOnce() -> String) -> Res
     } else {
         text()
     };
-    let mut out = std::io::stdout();
-    writeln!(out, "{text}")
-        .and_then(|()| out.flush())
-        .context("writing the answer")
+    out(format!("{text}\n").as_bytes())
 }
 
 /// Whole seconds, as metadata has them.

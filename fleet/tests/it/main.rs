@@ -7,6 +7,7 @@
 )]
 
 mod bench;
+mod cli;
 mod compose;
 mod device;
 mod publish;
