@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
-use crate::{compose, init, publish, refresh, serve, status};
+use crate::{compose, init, publish, refresh, rotate, serve, status};
 
 const NAME: &str = "offshoot-fleet";
 
@@ -59,6 +59,20 @@ enum Verb {
         /// Sign a new timestamp even if nothing is late.
         #[arg(long)]
         force: bool,
+    },
+    /// Replace a key of a role by a new one.
+    ///
+    /// For a key that was lost or may have been read by others. The keys of root, timestamp, snapshot and targets are replaced by a new
+    /// root, which takes the root keys in `keys`; a channel's by new targets. Devices follow by themselves; new images take the new
+    /// root.json. The file of the key that signs no more can be removed then.
+    ///
+    /// Example: offshoot-fleet rotate timestamp
+    Rotate {
+        /// root, timestamp, snapshot, targets, or a channel.
+        role: String,
+        /// Which of the role's keys, by its id or the name of its file, if it has more than one.
+        #[arg(long)]
+        key: Option<String>,
     },
     /// Tell what is published, until when devices believe it, and what to do about it.
     ///
@@ -244,6 +258,21 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             let summary = refresh::refresh(&Fleet::open(directory)?, *force, now)?;
             warn(&summary.warnings);
             say(json, &summary, || refreshed(&summary))
+        }
+        Verb::Rotate { role, key } => {
+            let summary = rotate::rotate(&Fleet::open(directory)?, role, key.as_deref(), now)?;
+            say(json, &summary, || {
+                let rotate::Summary {
+                    role,
+                    key,
+                    keyid,
+                    replaced,
+                } = &summary;
+                format!(
+                    "{role} is signed with {keyid} ({}), no more with {replaced}",
+                    key.display()
+                )
+            })
         }
         Verb::Status { check } => {
             let status = status::status(&Fleet::open(directory)?, now)?;

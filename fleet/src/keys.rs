@@ -3,8 +3,8 @@
 //! | role | files |
 //! |---|---|
 //! | `root` | `root-1.pem`, `root-2.pem`, … |
-//! | `timestamp`, `snapshot`, `targets` | `timestamp.pem` … |
-//! | a channel | `channel-<name>.pem` |
+//! | `timestamp`, `snapshot`, `targets` | `timestamp.pem` …; after a rotation `timestamp-2.pem` … |
+//! | a channel | `channel-<name>.pem`, `channel-<name>-2.pem` … |
 //!
 //! A name only says where to look: which key signs for a role is what the role's delegator says. A key that is kept elsewhere is one
 //! that this machine cannot sign with, and is said so when its signature is needed.
@@ -32,6 +32,8 @@ pub(crate) struct Signer {
     secret: SigningKey,
     pub key: Key,
     pub keyid: String,
+    /// Its file, without the directory and `.pem`.
+    pub name: String,
 }
 
 /// The stem of a channel's key file.
@@ -53,7 +55,7 @@ impl Keys {
                 rustix::rand::getrandom(&mut seed[filled..], rustix::rand::GetRandomFlags::empty())
                     .context("asking the kernel for random bytes")?;
         }
-        let signer = Signer::new(SigningKey::from_bytes(&seed))?;
+        let signer = Signer::new(SigningKey::from_bytes(&seed), stem)?;
         // The first version of the format, without the public half: every tool reads it.
         let pair = KeypairBytes {
             secret_key: seed,
@@ -62,8 +64,19 @@ impl Keys {
         let pem = pair
             .to_pkcs8_pem(LineEnding::LF)
             .map_err(|error| anyhow!("writing a key as PKCS#8: {error}"))?;
-        write_secret(&self.directory.join(format!("{stem}.pem")), pem.as_bytes())?;
+        write_secret(&self.path(stem), pem.as_bytes())?;
         Ok(signer)
+    }
+
+    /// Makes a key under the next number that is free.
+    pub(crate) fn generate_next(&self, stem: &str) -> Result<Signer> {
+        let mut names = (2u32..).map(|number| format!("{stem}-{number}"));
+        let free = names.find(|name| !self.path(name).exists());
+        self.generate(&free.with_context(|| format!("no number is free for a key of {stem}"))?)
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(format!("{name}.pem"))
     }
 
     /// Those of the keys of a role that are here. `stem` is the name of its files without a number.
@@ -84,7 +97,7 @@ impl Keys {
 
     /// The key in the file of this name, if there is one.
     pub(crate) fn only(&self, stem: &str) -> Result<Option<Signer>> {
-        let path = self.directory.join(format!("{stem}.pem"));
+        let path = self.path(stem);
         path.exists().then(|| load(&path)).transpose()
     }
 
@@ -113,10 +126,16 @@ impl Keys {
 }
 
 impl Signer {
-    fn new(secret: SigningKey) -> Result<Self> {
+    fn new(secret: SigningKey, name: &str) -> Result<Self> {
         let key = Key::ed25519(&secret.verifying_key().to_bytes());
         let keyid = key.keyid()?;
-        Ok(Self { secret, key, keyid })
+        let name = name.to_owned();
+        Ok(Self {
+            secret,
+            key,
+            keyid,
+            name,
+        })
     }
 }
 
@@ -172,5 +191,6 @@ fn load(path: &Path) -> Result<Signer> {
             path.display()
         )
     })?;
-    Signer::new(secret)
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    Signer::new(secret, &name)
 }

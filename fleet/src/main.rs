@@ -3,7 +3,8 @@
 //! - [`directory`]: the operator's directory and its settings; [`keys`]: the private keys in it.
 //! - [`compose`]: from a root file system to an OSTree commit.
 //! - [`publish`]: from a commit to a release; [`delta`]: what devices download of it; [`writer`]: how files get into `public/`.
-//! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires, [`status`] tells.
+//! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
+//!   [`rotate`] replaces keys, [`status`] tells.
 //! - [`serve`]: `public/` over HTTPS, for a bench.
 
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod keys;
 mod publication;
 mod publish;
 mod refresh;
+mod rotate;
 mod serve;
 mod status;
 mod writer;

@@ -4,9 +4,10 @@
 //! written. Reading does not look at expiry: what has expired is what there is to sign again.
 //!
 //! **Across a power cut.** Every file but `timestamp.json` has a name that no device asks for until the file that names it is there, and
-//! they are written in that order: root, channels, targets, snapshot, timestamp. A cut before the last leaves the former publication,
-//! and files that the next one, which has the same versions, writes again. A root is one that devices look for by its number, so it
-//! comes first, and `root.json` after all: if that is older than what is published, the next publication writes it again.
+//! they are written in that order: channels, targets, snapshot, timestamp. A cut before the last leaves the former publication, and
+//! files that the next one, which has the same versions, writes again. A root is looked for by its number, so it cannot be held back
+//! like this: it comes after a timestamp that is signed by the keys of both roots, and before another one, so that a device meets
+//! metadata that it believes whichever root it has found. `root.json` comes after all; the next one who publishes mends it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -41,7 +42,7 @@ pub(crate) struct Publication {
     files: Files,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Files {
     root: Vec<u8>,
     timestamp: Vec<u8>,
@@ -203,9 +204,10 @@ impl Publication {
         roles
     }
 
-    /// Where the keys of a role are looked for, and which they are.
-    pub(crate) fn signers(&self, role: &str) -> Result<(String, RoleKeys)> {
+    /// Which keys sign for a role.
+    pub(crate) fn signers(&self, role: &str) -> Result<&RoleKeys> {
         signers(&self.root, &self.targets, role)
+            .with_context(|| format!("there is no role or channel {role}"))
     }
 }
 
@@ -282,106 +284,84 @@ impl Draft {
                 "the last publication was signed at {issued}, and this machine's clock says {now}: set the clock"
             );
         }
-        let mut files = Vec::new();
-        let mut bytes = Files {
-            root: Vec::new(),
-            timestamp: Vec::new(),
-            snapshot: Vec::new(),
-            targets: Vec::new(),
-            channels: BTreeMap::new(),
+        let former = self.former.take();
+        let mut bytes = former
+            .as_ref()
+            .map_or_else(Files::default, |former| former.files.clone());
+        let signing = Signing {
+            keys,
+            root: self.root.clone(),
+            targets: self.targets.clone(),
+            former: former.as_ref(),
         };
-        if let Some(former) = &self.former {
-            bytes = former.files.clone();
-        }
-
-        let mut root = self.former.as_ref().map(|former| former.root.clone());
-        if self.changed.contains("root") {
-            self.root.expires = lifetimes.root.from(now)?;
-            if let Some(former) = &root {
-                self.root.version = next(former.version)?;
-            }
-            let (stem, own) = signers(&self.root, &self.targets, "root")?;
-            let mut with = enough(keys, "root", &stem, &own)?;
-            if let Some(former) = &root {
-                let (stem, former) = signers(former, &self.targets, "root")?;
-                let more = enough(keys, "root", &stem, &former)?;
-                with.extend(
-                    more.into_iter()
-                        .filter(|signer| !own.keyids.contains(&signer.keyid)),
-                );
-            }
-            bytes.root = keys::sign(&self.root, &with)?;
-            root = Some(match &root {
-                Some(former) => verify::accept_root(former, &bytes.root)?,
-                None => verify::trusted_root(&bytes.root)?,
-            });
-            files.push((
-                format!("{}.root.json", self.root.version),
-                bytes.root.clone(),
-            ));
-        }
-        let root = root.context("the first publication signs a root")?;
-
+        let mut files = Vec::new();
         let mut meta = self.snapshot.meta.clone();
-        let (root_document, targets) = (&self.root, &self.targets);
         for (name, channel) in &mut self.channels {
             if self.changed.contains(name.as_str()) {
-                let (stem, signers) = signers(root_document, targets, name.as_str())?;
-                let with = enough(keys, name.as_str(), &stem, &signers)?;
-                if let Some(former) = meta.get(&format!("{name}.json")) {
-                    channel.version = next(former.version)?;
-                }
+                let file = format!("{name}.json");
+                channel.version = after(meta.get(&file).map(|former| former.version))?;
                 channel.expires = lifetimes.channel.from(now)?;
-                let signed = keys::sign(channel, &with)?;
-                meta.insert(format!("{name}.json"), announce(channel.version, &signed));
+                let signed = signing.sign(name.as_str(), channel)?;
+                meta.insert(file, announce(channel.version, &signed));
                 files.push((format!("{}.{name}.json", channel.version), signed.clone()));
                 bytes.channels.insert(name.clone(), signed);
             }
         }
         if self.changed.contains("targets") {
-            let (stem, signers) = signers(&self.root, &self.targets, "targets")?;
-            let with = enough(keys, "targets", &stem, &signers)?;
-            if let Some(former) = meta.get("targets.json") {
-                self.targets.version = next(former.version)?;
-            }
-            self.targets.expires = lifetimes.targets.from(now)?;
-            bytes.targets = keys::sign(&self.targets, &with)?;
-            meta.insert(
-                "targets.json".to_owned(),
-                announce(self.targets.version, &bytes.targets),
-            );
+            let targets = &mut self.targets;
+            targets.version = after(meta.get("targets.json").map(|former| former.version))?;
+            targets.expires = lifetimes.targets.from(now)?;
+            bytes.targets = signing.sign("targets", targets)?;
+            let announced = announce(targets.version, &bytes.targets);
+            meta.insert("targets.json".to_owned(), announced);
             files.push((
-                format!("{}.targets.json", self.targets.version),
+                format!("{}.targets.json", targets.version),
                 bytes.targets.clone(),
             ));
         }
         if meta != self.snapshot.meta || self.changed.contains("snapshot") {
-            let (stem, signers) = signers(&self.root, &self.targets, "snapshot")?;
-            let with = enough(keys, "snapshot", &stem, &signers)?;
-            if self.former.is_some() {
-                self.snapshot.version = next(self.snapshot.version)?;
-            }
-            self.snapshot.expires = lifetimes.snapshot.from(now)?;
-            self.snapshot.meta = meta;
-            bytes.snapshot = keys::sign(&self.snapshot, &with)?;
+            let snapshot = &mut self.snapshot;
+            snapshot.version = after(former.as_ref().map(|former| former.snapshot.version))?;
+            snapshot.expires = lifetimes.snapshot.from(now)?;
+            snapshot.meta = meta;
+            bytes.snapshot = signing.sign("snapshot", snapshot)?;
             files.push((
-                format!("{}.snapshot.json", self.snapshot.version),
+                format!("{}.snapshot.json", snapshot.version),
                 bytes.snapshot.clone(),
             ));
         }
-        let (stem, signers) = signers(&self.root, &self.targets, "timestamp")?;
-        let with = enough(keys, "timestamp", &stem, &signers)?;
-        if self.former.is_some() {
-            self.timestamp.version = next(self.timestamp.version)?;
-        }
-        self.timestamp.expires = lifetimes.timestamp.from(now)?;
-        self.timestamp.issued = Some(now);
+        let timestamp = &mut self.timestamp;
+        timestamp.version = after(former.as_ref().map(|former| former.timestamp.version))?;
+        timestamp.expires = lifetimes.timestamp.from(now)?;
+        timestamp.issued = Some(now);
         let snapshot = announce(self.snapshot.version, &bytes.snapshot);
-        self.timestamp.meta = BTreeMap::from([("snapshot.json".to_owned(), snapshot)]);
-        bytes.timestamp = keys::sign(&self.timestamp, &with)?;
+        timestamp.meta = BTreeMap::from([("snapshot.json".to_owned(), snapshot)]);
+        bytes.timestamp = signing.sign("timestamp", timestamp)?;
         files.push(("timestamp.json".to_owned(), bytes.timestamp.clone()));
 
-        let floors = self.former.as_ref().map_or_else(Floors::default, |former| {
+        let root = match &former {
+            Some(former) if !self.changed.contains("root") => former.root.clone(),
+            former => {
+                self.root.version = after(former.as_ref().map(|former| former.root.version))?;
+                self.root.expires = lifetimes.root.from(now)?;
+                bytes.root = signing.sign("root", &self.root)?;
+                files.push((
+                    format!("{}.root.json", self.root.version),
+                    bytes.root.clone(),
+                ));
+                if former.is_some() {
+                    // Devices that took the timestamp before the root was there look for it after the next.
+                    timestamp.version = after(Some(timestamp.version))?;
+                    bytes.timestamp = signing.sign("timestamp", timestamp)?;
+                    files.push(("timestamp.json".to_owned(), bytes.timestamp.clone()));
+                }
+                match former {
+                    Some(former) => verify::accept_root(&former.root, &bytes.root)?,
+                    None => verify::trusted_root(&bytes.root)?,
+                }
+            }
+        };
+        let floors = former.as_ref().map_or_else(Floors::default, |former| {
             Floors::default().raised_by(
                 &former.root,
                 Some(&former.timestamp),
@@ -391,6 +371,39 @@ impl Draft {
         let publication = Publication::verify(root, &floors, bytes, at)
             .context("nothing is published: devices would refuse it")?;
         Ok(Signed { publication, files })
+    }
+}
+
+/// Who signs, now and until now.
+struct Signing<'a> {
+    keys: &'a Keys,
+    root: Root,
+    targets: Targets,
+    former: Option<&'a Publication>,
+}
+
+impl Signing<'_> {
+    /// The file of a role, by the keys that it has, and by those that it had: until the root or the targets that name the new ones are
+    /// there, devices judge by the old ones.
+    fn sign(&self, role: &str, document: &impl Serialize) -> Result<Vec<u8>> {
+        let own = signers(&self.root, &self.targets, role)
+            .with_context(|| format!("there is no role or channel {role}"))?;
+        let mut with = enough(self.keys, role, own)?;
+        let former = self
+            .former
+            .and_then(|former| signers(&former.root, &former.targets, role));
+        if let Some(former) = former {
+            // A root is believed by those who believe the one before. Of other roles, a key that is replaced may be one that was lost.
+            let more = match role {
+                "root" => enough(self.keys, role, former)?,
+                _ => self.keys.of(&stem(role)?, former)?,
+            };
+            with.extend(
+                more.into_iter()
+                    .filter(|signer| !own.keyids.contains(&signer.keyid)),
+            );
+        }
+        keys::sign(document, &with)
     }
 }
 
@@ -446,23 +459,26 @@ pub(crate) fn releases(channel: &RoleName, document: &Targets) -> Result<Vec<Rel
     Ok(releases)
 }
 
-fn signers(root: &Root, targets: &Targets, role: &str) -> Result<(String, RoleKeys)> {
-    if let Some(signers) = root.roles.get(role) {
-        return Ok((role.to_owned(), signers.clone()));
-    }
-    let delegations = targets
-        .delegations
-        .iter()
-        .flat_map(|delegations| &delegations.roles);
-    let delegation = delegations
-        .into_iter()
-        .find(|delegation| delegation.name == role);
-    let delegation = delegation.with_context(|| format!("the targets do not delegate {role}"))?;
-    Ok((keys::of_channel(&role.parse()?), delegation.signers.clone()))
+fn signers<'a>(root: &'a Root, targets: &'a Targets, role: &str) -> Option<&'a RoleKeys> {
+    let delegations = targets.delegations.iter();
+    let mut roles = delegations.flat_map(|delegations| &delegations.roles);
+    root.roles.get(role).or_else(|| {
+        let delegation = roles.find(|delegation| delegation.name == role);
+        delegation.map(|delegation| &delegation.signers)
+    })
 }
 
-fn enough(keys: &Keys, role: &str, stem: &str, signers: &RoleKeys) -> Result<Vec<Signer>> {
-    let found = keys.of(stem, signers)?;
+/// The name of a role's key files.
+pub(crate) fn stem(role: &str) -> Result<String> {
+    match role {
+        "root" | "timestamp" | "snapshot" | "targets" => Ok(role.to_owned()),
+        channel => Ok(keys::of_channel(&channel.parse()?)),
+    }
+}
+
+fn enough(keys: &Keys, role: &str, signers: &RoleKeys) -> Result<Vec<Signer>> {
+    let stem = stem(role)?;
+    let found = keys.of(&stem, signers)?;
     ensure!(
         found.len() as u64 >= signers.threshold,
         "{} has {} of the {} keys that it takes to sign {role}: put {stem}.pem there, or do this where it is",
@@ -482,8 +498,12 @@ fn announce(version: Version, bytes: &[u8]) -> MetaFile {
     }
 }
 
-fn next(version: Version) -> Result<Version> {
-    version.next().context("there is no greater version number")
+/// The version after the one that is published.
+fn after(former: Option<Version>) -> Result<Version> {
+    match former {
+        Some(version) => version.next().context("there is no greater version number"),
+        None => Ok(Version::FIRST),
+    }
 }
 
 fn parse<T: serde::de::DeserializeOwned + Serialize>(role: &str, bytes: &[u8]) -> Result<T> {

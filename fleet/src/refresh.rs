@@ -9,7 +9,7 @@ use offshoot::trust::schema::Version;
 use serde::Serialize;
 
 use crate::directory::Fleet;
-use crate::publication::{Draft, Publication};
+use crate::publication::{Draft, Publication, stem};
 use crate::writer::Writer;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -84,8 +84,8 @@ pub(crate) fn renew(
         if !late || role == "timestamp" {
             continue;
         }
-        let (stem, signers) = former.signers(&role)?;
-        if keys.of(&stem, &signers)?.len() as u64 >= signers.threshold {
+        let (stem, signers) = (stem(&role)?, former.signers(&role)?);
+        if keys.of(&stem, signers)?.len() as u64 >= signers.threshold {
             draft.change(&role);
             changed = true;
         } else {
@@ -141,7 +141,7 @@ mod tests {
                 false,
                 vec![
                     ("root", 2),
-                    ("timestamp", 3),
+                    ("timestamp", 4),
                     ("snapshot", 3),
                     ("targets", 2),
                     ("stable", 3),
@@ -209,7 +209,7 @@ mod tests {
             }
             steps += 1;
         }
-        assert_eq!(steps, 5 * 4);
+        assert_eq!(steps, 6 * 4);
     }
 
     #[test]

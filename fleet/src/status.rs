@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::directory::Fleet;
 use crate::keys;
-use crate::publication::{Publication, Release, releases};
+use crate::publication::{Publication, Release, releases, stem};
 use crate::publish::{self, DeltaSummary};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -33,9 +33,16 @@ pub(crate) struct Role {
     pub expires: Time,
     /// `refresh` would sign it again.
     pub late: bool,
-    /// How many of its keys are here, and how many it takes.
-    pub keys: usize,
+    pub keys: Vec<RoleKey>,
+    /// How many of them it takes.
     pub threshold: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct RoleKey {
+    pub keyid: String,
+    /// The name of its file in `keys`, if it is here.
+    pub file: Option<String>,
 }
 
 /// Newest first.
@@ -75,10 +82,17 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
     let mut warnings = Vec::new();
     let mut roles = Vec::new();
     for (role, version, expires) in publication.roles() {
-        let (stem, signers) = publication.signers(&role)?;
-        let keys = fleet.keys().of(&stem, &signers)?.len();
+        let (stem, signers) = (stem(&role)?, publication.signers(&role)?);
+        let held = fleet.keys().of(&stem, signers)?;
+        let keys = signers.keyids.iter().map(|keyid| RoleKey {
+            keyid: keyid.clone(),
+            file: held
+                .iter()
+                .find(|signer| signer.keyid == *keyid)
+                .map(|signer| signer.name.clone()),
+        });
         let late = fleet.settings.lifetimes.of(&role).is_late(expires, now);
-        let remedy = if keys as u64 >= signers.threshold {
+        let remedy = if held.len() as u64 >= signers.threshold {
             "run `offshoot-fleet refresh`".to_owned()
         } else {
             format!("run `offshoot-fleet refresh` where {stem}.pem is")
@@ -95,7 +109,7 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
             version,
             expires,
             late,
-            keys,
+            keys: keys.collect(),
             threshold: signers.threshold,
         });
     }
@@ -279,7 +293,8 @@ impl fmt::Display for Status {
                 threshold,
                 ..
             } = role;
-            let elsewhere = if (*keys as u64) < *threshold {
+            let here = keys.iter().filter(|key| key.file.is_some()).count();
+            let elsewhere = if (here as u64) < *threshold {
                 ", keys elsewhere"
             } else {
                 ""
