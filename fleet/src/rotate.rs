@@ -132,7 +132,9 @@ fn replace(draft: &mut Draft, role: &str, replaced: &str, signer: &Signer) -> Re
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
     use std::fs;
+    use std::rc::Rc;
 
     use super::*;
     use crate::bench::{Bench, copy, now, request, seen};
@@ -207,6 +209,37 @@ mod tests {
                 }
                 steps += 1;
             }
+        }
+    }
+
+    #[test]
+    fn a_device_that_polls_all_the_while_has_the_new_root_in_the_end() {
+        let bench = Bench::new();
+        for role in ROLES {
+            let fleet = bench.copy("fleet", role);
+            let device = RefCell::new(bench.device(&format!("device-{role}")));
+            let public = fleet.public();
+            let poll = move || {
+                let mut device = device.borrow_mut();
+                assert_eq!(
+                    seen(&mut device, &public, now(4)).unwrap(),
+                    "1.0.0",
+                    "{role}"
+                );
+                device.root()
+            };
+            let poll = Rc::new(poll);
+            let watch = Rc::clone(&poll);
+            let writer = Writer::watched(&fleet.public(), move || {
+                watch();
+            });
+            rotate_with(&fleet, role, None, now(3), &writer).unwrap();
+            let root = Publication::read(&fleet).unwrap().root.version.number();
+            assert_eq!(
+                (root, poll()),
+                (if role == "stable" { 1 } else { 2 }, root),
+                "{role}"
+            );
         }
     }
 

@@ -18,11 +18,18 @@ use offshoot::trust::schema::Digested;
 use sha2::Digest as _;
 
 /// Files below one directory, which are for everybody to read.
-#[derive(Debug)]
 pub(crate) struct Writer {
     base: PathBuf,
     #[cfg(test)]
+    test: Test,
+}
+
+/// What a test does to one.
+#[cfg(test)]
+#[derive(Default)]
+struct Test {
     steps: std::cell::Cell<Option<usize>>,
+    watch: Option<Box<dyn Fn()>>,
 }
 
 impl Writer {
@@ -30,7 +37,7 @@ impl Writer {
         Self {
             base: base.to_owned(),
             #[cfg(test)]
-            steps: std::cell::Cell::new(None),
+            test: Test::default(),
         }
     }
 
@@ -38,16 +45,27 @@ impl Writer {
     #[cfg(test)]
     pub(crate) fn cut_after(base: &Path, steps: usize) -> Self {
         let writer = Self::new(base);
-        writer.steps.set(Some(steps));
+        writer.test.steps.set(Some(steps));
+        writer
+    }
+
+    /// One that is looked at after each step.
+    #[cfg(test)]
+    pub(crate) fn watched(base: &Path, watch: impl Fn() + 'static) -> Self {
+        let mut writer = Self::new(base);
+        writer.test.watch = Some(Box::new(watch));
         writer
     }
 
     #[cfg(test)]
     fn step(&self) -> io::Result<()> {
-        match self.steps.get() {
+        if let Some(watch) = &self.test.watch {
+            watch();
+        }
+        match self.test.steps.get() {
             Some(0) => Err(io::Error::other("cut")),
             Some(left) => {
-                self.steps.set(Some(left - 1));
+                self.test.steps.set(Some(left - 1));
                 Ok(())
             }
             None => Ok(()),

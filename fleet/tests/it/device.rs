@@ -23,6 +23,12 @@ impl Device {
         }
     }
 
+    /// The version of the root that it has.
+    #[allow(dead_code, reason = "not every user of this file asks")]
+    pub(crate) fn root(&self) -> u64 {
+        self.store.root().version.number()
+    }
+
     /// A poll of `stable` for `qemu-x86_64`.
     pub(crate) fn poll(
         &mut self,
