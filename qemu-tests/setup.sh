@@ -21,6 +21,8 @@ packages=(
     ovmf qemu-utils util-linux
     # A web server that is not ours.
     nginx-light openssl
+    # A TUF implementation that is not ours.
+    python3 python3-venv
 )
 # Version 7.2, bookworm's own, miscompiles cmpxchg16b under emulation, and the guest's kernel dies of it.
 qemu_at_least=10
@@ -43,6 +45,17 @@ rust_is_new_enough() {
     command -v cargo >/dev/null && dpkg --compare-versions "${found:-0}" ge "$wanted"
 }
 
+# The reference implementation of TUF, from PyPI, beside the images. The list of what is in it is its last file.
+install_python_tuf() {
+    local wanted=agent/tests/tuf/requirements.txt environment=${OFFSHOOT_CACHE:-$HOME/.cache/offshoot}/python-tuf
+    cmp --silent "$wanted" "$environment/requirements.txt" && return
+    rm --recursive --force "$environment"
+    mkdir --parents "${environment%/*}"
+    /usr/bin/python3 -m venv "$environment"
+    "$environment/bin/pip" install --quiet --disable-pip-version-check --requirement "$wanted"
+    cp "$wanted" "$environment/requirements.txt"
+}
+
 missing=()
 for package in "${packages[@]}"; do
     # openresty's, nginx.org's and Debian's fuller packages are nginx, too.
@@ -52,6 +65,7 @@ done
 rust=()
 rust_is_new_enough || rust=(cargo-web rustc-web)
 if [[ ${#missing[@]} == 0 && ${#rust[@]} == 0 ]] && qemu_is_new_enough; then
+    install_python_tuf
     exit 0
 fi
 if [[ $(id --user) != 0 ]]; then
@@ -98,3 +112,4 @@ if [[ ${#rust[@]} != 0 ]]; then
 fi
 qemu_is_new_enough || { echo "QEMU $qemu_at_least or newer is not to be had from apt" >&2; exit 1; }
 rust_is_new_enough || { echo "a Rust as new as Cargo.toml asks for is not to be had from apt" >&2; exit 1; }
+install_python_tuf

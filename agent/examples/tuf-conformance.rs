@@ -9,6 +9,7 @@
 //! What differs from a device: plain http, roots first in every refresh, and any target instead of a channel's release.
 //! The trusted root that `init` was given is `DIR/initial`, with a suffix that says it is not metadata of the repository.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -60,7 +61,7 @@ struct Repository {
 }
 
 fn main() -> ExitCode {
-    match run(Arguments::parse()) {
+    match run(std::env::args_os(), Time::now()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("tuf-conformance: {error:#}");
@@ -69,7 +70,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: Arguments) -> anyhow::Result<()> {
+pub(crate) fn run(words: impl Iterator<Item = OsString>, now: Time) -> anyhow::Result<()> {
+    let arguments = Arguments::try_parse_from(words)?;
     let initial = arguments.metadata_dir.join("initial");
     if let Verb::Init { root } = &arguments.verb {
         let bytes = fs::read(root).with_context(|| format!("reading {}", root.display()))?;
@@ -96,7 +98,6 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
-    let now = Time::now();
     let refresh = Refresh::new(&store, TopLevel, now, Time::UNIX_EPOCH).roots_first()?;
     let refresh = runtime.block_on(carry_out(refresh, &mut store, &mut repository))?;
     if matches!(arguments.verb, Verb::Refresh) {

@@ -215,3 +215,6 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
     });
     pairs.collect()
 }
+
+#[cfg(all(test, feature = "spki"))]
+mod tests;
