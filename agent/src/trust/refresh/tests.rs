@@ -317,7 +317,7 @@ fn a_channel_without_a_release_for_the_hardware_is_no_error() {
 }
 
 #[test]
-fn roots_are_walked_one_by_one_and_each_is_kept() {
+fn clause_5_3_8_5_3_9_roots_are_walked_one_by_one_and_each_is_kept() {
     let mut repository = Repository::new();
     let mut device = Device::new(&repository);
     repository.root.version = version(2);
@@ -371,7 +371,7 @@ fn roots_are_walked_one_by_one_and_each_is_kept() {
 }
 
 #[test]
-fn a_refresh_takes_a_bounded_number_of_roots_and_the_next_one_goes_on() {
+fn clause_5_3_3_a_refresh_takes_a_bounded_number_of_roots_and_the_next_one_goes_on() {
     let mut repository = Repository::new();
     let mut device = Device::new(&repository);
     for number in 2..=40 {
@@ -416,7 +416,7 @@ fn a_root_that_expired_on_the_device_is_replaced_even_when_nothing_else_is_new()
 }
 
 #[test]
-fn an_older_repository_is_refused_also_after_a_restart() {
+fn clause_5_4_3_an_older_repository_is_refused_also_after_a_restart() {
     let mut repository = Repository::new();
     let mut device = Device::new(&repository);
     let old = repository.files.clone();
@@ -455,7 +455,7 @@ fn a_role_that_goes_back_under_a_new_snapshot_is_refused() {
 
 /// 5.4.5, 5.5.7, 5.6.6: and the release that was accepted before stays accepted.
 #[test]
-fn what_was_accepted_is_kept_although_the_refresh_stops_later() {
+fn clause_5_4_5_5_5_7_5_6_6_what_was_accepted_is_kept_although_the_refresh_stops_later() {
     let mut repository = Repository::new();
     let mut first = Device::new(&repository);
     first.refresh(&repository).unwrap();
@@ -512,7 +512,7 @@ fn what_was_accepted_is_kept_although_the_refresh_stops_later() {
 }
 
 #[test]
-fn a_second_timestamp_of_one_version_is_not_believed() {
+fn clause_5_4_3_1_a_second_timestamp_of_one_version_is_not_believed() {
     let mut repository = Repository::new();
     let mut device = Device::new(&repository);
     let first = device.refresh(&repository).unwrap();
@@ -540,7 +540,7 @@ fn a_second_timestamp_of_one_version_is_not_believed() {
 
 /// Versions near the last 64-bit number, signed by a stolen key, are forgotten with that key.
 #[test]
-fn a_rotated_online_key_recovers_from_a_fast_forward() {
+fn clause_5_3_11_a_rotated_online_key_recovers_from_a_fast_forward() {
     for (role, stolen, fresh) in [
         ("timestamp", TIMESTAMP_KEY, 11),
         ("snapshot", SNAPSHOT_KEY, 21),
@@ -632,7 +632,7 @@ fn a_key_that_was_taken_away_and_given_back_has_lost_its_floors() {
 }
 
 #[test]
-fn a_body_beyond_its_limit_is_refused_wherever_it_comes_from() {
+fn clause_5_3_3_5_4_1_5_5_1_5_6_1_a_body_beyond_its_limit_is_refused() {
     let repository = Repository::new();
     for path in [
         "metadata/timestamp.json",
@@ -718,7 +718,7 @@ fn an_answer_to_another_question_is_refused() {
 }
 
 #[test]
-fn a_repository_without_consistent_snapshots_has_plain_names() {
+fn clause_5_3_12_a_repository_without_consistent_snapshots_has_plain_names() {
     let mut repository = Repository::new();
     repository.root.consistent_snapshot = false;
     repository.publish_root(&ROOT_KEYS);
@@ -775,7 +775,7 @@ fn a_repository_that_announces_versions_only_is_enough() {
 }
 
 #[test]
-fn a_clock_that_went_back_is_lifted_by_what_was_signed() {
+fn clause_5_1_a_clock_that_went_back_is_lifted_by_what_was_signed() {
     let mut repository = Repository::new();
     let mut device = Device::new(&repository);
     device.refresh(&repository).unwrap();
@@ -794,7 +794,7 @@ fn a_clock_that_went_back_is_lifted_by_what_was_signed() {
 }
 
 #[test]
-fn a_clock_that_was_wrong_in_the_future_is_forgotten() {
+fn clause_5_1_a_clock_that_was_wrong_in_the_future_is_forgotten() {
     let repository = Repository::new();
     let mut device = Device::new(&repository);
     device.now = at("2099-01-01T00:00:00Z");

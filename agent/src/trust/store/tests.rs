@@ -200,7 +200,7 @@ fn the_newer_of_the_images_root_and_the_stored_one_counts() {
 }
 
 #[test]
-fn a_root_that_takes_an_online_key_away_takes_its_floors_too() {
+fn clause_5_3_11_a_root_that_takes_an_online_key_away_takes_its_floors_too() {
     let mut repository = Repository::new();
     let filled = filled(&repository);
     repository.root.version = version(2);
@@ -379,7 +379,7 @@ fn a_failed_write_leaves_a_store_that_can_be_written_again() {
 }
 
 #[test]
-fn the_clock_is_never_before_the_image_nor_before_what_was_signed() {
+fn clause_5_1_the_clock_is_never_before_the_image_nor_before_what_was_signed() {
     let (old, built, issued, late) = (
         at("1970-01-01T00:00:00Z"),
         at("2025-01-01T00:00:00Z"),

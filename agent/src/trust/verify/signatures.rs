@@ -216,5 +216,6 @@ fn from_hex(text: &str) -> Option<Vec<u8>> {
     pairs.collect()
 }
 
-#[cfg(all(test, feature = "spki"))]
+#[cfg(test)]
+#[cfg(feature = "spki")]
 mod tests;

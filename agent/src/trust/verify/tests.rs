@@ -114,7 +114,7 @@ fn honest_metadata_leads_to_the_release() {
 }
 
 #[test]
-fn the_first_root_is_signed_by_its_own_threshold() {
+fn clause_5_2_the_first_root_is_signed_by_its_own_threshold() {
     let root = Repository::new().root;
     for (seeds, want) in [
         (&[1, 2][..], Ok(())),
@@ -133,7 +133,7 @@ fn the_first_root_is_signed_by_its_own_threshold() {
 }
 
 #[test]
-fn the_expiry_of_a_root_is_judged_when_it_is_the_newest() {
+fn clause_5_3_6_the_expiry_of_a_root_is_judged_when_it_is_the_newest() {
     let mut root = Repository::new().root;
     root.expires = at("2020-01-01T00:00:00Z");
     let old = trusted_root(&sign(&root, &ROOT_KEYS)).unwrap();
@@ -146,7 +146,7 @@ fn the_expiry_of_a_root_is_judged_when_it_is_the_newest() {
 }
 
 #[test]
-fn what_expires_now_has_expired() {
+fn clause_5_3_10_what_expires_now_has_expired() {
     let root = trusted_root(Repository::new().file("1.root.json")).unwrap();
     let expires = root.expires;
     assert_eq!(
@@ -157,7 +157,7 @@ fn what_expires_now_has_expired() {
 }
 
 #[test]
-fn the_next_root_has_exactly_the_next_version() {
+fn clause_5_3_5_the_next_root_has_exactly_the_next_version() {
     let mut root = Repository::new().root;
     root.version = version(3);
     let trusted = trusted_root(&sign(&root, &ROOT_KEYS)).unwrap();
@@ -187,7 +187,7 @@ fn the_next_root_has_exactly_the_next_version() {
 }
 
 #[test]
-fn the_next_root_is_signed_by_the_old_threshold_and_by_the_new() {
+fn clause_5_3_4_the_next_root_is_signed_by_the_old_threshold_and_by_the_new() {
     let mut root = Repository::new().root;
     let trusted = trusted_root(&sign(&root, &ROOT_KEYS)).unwrap();
     root.version = version(2);
@@ -210,7 +210,7 @@ fn the_next_root_is_signed_by_the_old_threshold_and_by_the_new() {
 }
 
 #[test]
-fn a_root_without_a_role_is_refused() {
+fn clause_4_3_a_root_without_a_role_is_refused() {
     for name in ["root", "timestamp", "snapshot", "targets"] {
         let mut root = Repository::new().root;
         root.roles.remove(name);
@@ -253,7 +253,7 @@ fn a_role_that_nobody_can_sign_for_is_refused_when_it_is_its_turn() {
 }
 
 #[test]
-fn one_key_under_two_key_ids_counts_once() {
+fn clause_5_3_4_one_key_under_two_key_ids_counts_once() {
     let mut root = Repository::new().root;
     let mut twin = fixture::key(1);
     twin.keyval.public.make_ascii_uppercase();
@@ -281,7 +281,7 @@ fn one_key_under_two_key_ids_counts_once() {
 }
 
 #[test]
-fn keys_and_signatures_that_cannot_be_checked_do_not_count_and_do_not_harm() {
+fn clause_5_3_4_keys_and_signatures_that_cannot_be_checked_do_not_count_and_do_not_harm() {
     let good = Repository::new().root;
     let signed = |root: &Root, spoil: &dyn Fn(&mut Vec<Signature>)| {
         let mut envelope = Envelope::unsigned(root).unwrap();
@@ -340,7 +340,7 @@ fn keys_and_signatures_that_cannot_be_checked_do_not_count_and_do_not_harm() {
 }
 
 #[test]
-fn a_signature_covers_fields_that_are_unknown_here() {
+fn clause_4_1_a_signature_covers_fields_that_are_unknown_here() {
     let mut envelope = Envelope::unsigned(&Repository::new().root).unwrap();
     envelope.signed["x-later"] = json!({"b": 1, "a": [null, "é\n"]});
     envelope.signatures = ROOT_KEYS
@@ -375,7 +375,7 @@ fn a_key_id_is_any_unique_string() {
 }
 
 #[test]
-fn json_that_two_readers_could_understand_differently_is_refused() {
+fn clause_4_1_json_that_two_readers_could_understand_differently_is_refused() {
     let bytes = String::from_utf8(Repository::new().file("1.root.json").to_vec()).unwrap();
     for (from, to, want) in [
         (
@@ -406,7 +406,7 @@ fn json_that_two_readers_could_understand_differently_is_refused() {
 }
 
 #[test]
-fn a_document_of_another_type_or_specification_is_refused() {
+fn clause_4_3_a_document_of_another_type_or_specification_is_refused() {
     let repository = Repository::new();
     let chain = chain(&repository);
     // The one key signs for both roles.
@@ -459,7 +459,7 @@ fn a_document_of_another_type_or_specification_is_refused() {
 }
 
 #[test]
-fn a_timestamp_is_signed_by_the_timestamp_key() {
+fn clause_5_4_2_a_timestamp_is_signed_by_the_timestamp_key() {
     let chain = chain(&Repository::new());
     for (seeds, want) in [
         (&[TIMESTAMP_KEY][..], Ok(())),
@@ -475,7 +475,7 @@ fn a_timestamp_is_signed_by_the_timestamp_key() {
 }
 
 #[test]
-fn a_timestamp_is_not_older_than_the_last_and_names_no_older_snapshot() {
+fn clause_5_4_3_a_timestamp_is_not_older_than_the_last_and_names_no_older_snapshot() {
     let chain = chain(&Repository::new());
     let accept = |floors: &Floors, got: u64, snapshot: u64| {
         let mut timestamp = Timestamp {
@@ -497,7 +497,7 @@ fn a_timestamp_is_not_older_than_the_last_and_names_no_older_snapshot() {
 }
 
 #[test]
-fn a_frozen_timestamp_is_refused_when_it_expires() {
+fn clause_5_4_4_a_frozen_timestamp_is_refused_when_it_expires() {
     let repository = Repository::new();
     for (now, want) in [
         (at("2026-02-07T23:59:59Z"), Ok(())),
@@ -536,7 +536,7 @@ fn a_timestamp_that_expires_before_it_is_issued_is_refused() {
 }
 
 #[test]
-fn a_snapshot_is_the_one_that_the_timestamp_names() {
+fn clause_5_5_2_5_5_4_a_snapshot_is_the_one_that_the_timestamp_names() {
     let repository = Repository::new();
     let chain = chain(&repository);
     let bytes = repository.file("1.snapshot.json");
@@ -617,7 +617,7 @@ fn a_snapshot_is_the_one_that_the_timestamp_names() {
 }
 
 #[test]
-fn a_snapshot_keeps_every_role_and_lowers_none() {
+fn clause_5_5_5_a_snapshot_keeps_every_role_and_lowers_none() {
     let repository = Repository::new();
     let chain = chain(&repository);
     let accept = |floors: &[(&str, u64)]| {
@@ -656,7 +656,7 @@ fn a_snapshot_keeps_every_role_and_lowers_none() {
 }
 
 #[test]
-fn every_document_expires() {
+fn clause_5_5_6_5_6_5_every_document_expires() {
     let repository = Repository::new();
     let valid = chain(&repository);
     let later = |text: &str| {
@@ -702,7 +702,7 @@ fn every_document_expires() {
 }
 
 #[test]
-fn what_was_fresh_when_it_was_accepted_is_not_expired_again() {
+fn clause_5_1_what_was_fresh_when_it_was_accepted_is_not_expired_again() {
     let repository = Repository::new();
     let root = stored_root(trusted_root(repository.file("1.root.json")).unwrap());
     let mut old = repository.timestamp.clone();
@@ -711,7 +711,7 @@ fn what_was_fresh_when_it_was_accepted_is_not_expired_again() {
 }
 
 #[test]
-fn files_of_two_publications_do_not_mix() {
+fn clause_5_5_2_5_6_2_files_of_two_publications_do_not_mix() {
     let mut repository = Repository::new();
     let first = chain(&repository);
     repository.release("stable", "2.0", 2);
@@ -763,7 +763,7 @@ fn files_of_two_publications_do_not_mix() {
 }
 
 #[test]
-fn a_channel_is_signed_by_the_key_that_the_targets_give_it() {
+fn clause_5_6_7_a_channel_is_signed_by_the_key_that_the_targets_give_it() {
     let repository = Repository::new();
     let mut chain = chain(&repository);
     // A snapshot without digests, as some repositories have: the signature alone decides.
@@ -1025,7 +1025,7 @@ fn a_manifest_is_the_one_that_the_entry_names_and_speaks_of_its_release() {
 }
 
 #[test]
-fn an_announced_length_is_the_limit_unless_it_is_absurd() {
+fn clause_5_5_1_5_6_1_an_announced_length_is_the_limit_unless_it_is_absurd() {
     let mut chain = chain(&Repository::new());
     let announce = |chain: &mut Chain, length| {
         chain
@@ -1068,7 +1068,7 @@ fn an_announced_length_is_the_limit_unless_it_is_absurd() {
 }
 
 #[test]
-fn floors_rise_and_fall_only_when_an_online_key_is_taken_away() {
+fn clause_5_3_11_floors_rise_and_fall_only_when_an_online_key_is_taken_away() {
     let mut repository = Repository::new();
     let first = chain(&repository);
     let floors =
@@ -1134,7 +1134,7 @@ fn floors_rise_and_fall_only_when_an_online_key_is_taken_away() {
 }
 
 #[test]
-fn patterns_stop_at_slashes() {
+fn clause_4_5_patterns_stop_at_slashes() {
     for (pattern, path, want) in [
         ("stable/*/*", "stable/hw/1.commit", true),
         ("stable/*/*", "stable/hw/a/b", false),
