@@ -18,6 +18,7 @@ mod health;
 mod machine;
 mod selftest;
 mod server;
+mod tuf;
 mod update;
 
 // The repository that the library's own tests sign. It speaks of the library's modules by these names.

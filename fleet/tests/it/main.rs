@@ -11,4 +11,5 @@ mod cli;
 mod compose;
 mod device;
 mod publish;
+mod python_tuf;
 mod serve;

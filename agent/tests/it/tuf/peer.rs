@@ -3,29 +3,21 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp as Time;
 use offshoot::trust::Refusal;
 use serde_json::{Value, json};
 
-use crate::client;
+use super::client;
+use super::process::Process;
 
 /// A repository that python-tuf made and serves.
 pub(crate) struct Peer {
     process: Option<Process>,
     directory: tempfile::TempDir,
     url: String,
-}
-
-/// Ends when its standard input does, so with the tests at the latest.
-struct Process {
-    child: Child,
-    stdin: ChildStdin,
-    stdout: BufReader<ChildStdout>,
 }
 
 /// Those that no test is using: python-tuf takes longer to start than most tests.
@@ -107,13 +99,8 @@ impl Peer {
     }
 
     fn call(&mut self, request: Value) -> Value {
-        let process = self.process.as_mut().unwrap();
-        writeln!(process.stdin, "{request}").unwrap();
-        let mut line = String::new();
-        process.stdout.read_line(&mut line).unwrap();
-        let mut answer: Value = serde_json::from_str(&line).expect("an answer from peer.py");
-        assert_eq!(answer.get("error"), None, "{request}");
-        answer["ok"].take()
+        let answer = self.process.as_mut().unwrap().call(&request);
+        answer.unwrap_or_else(|error| panic!("{request}: {error}"))
     }
 }
 
@@ -123,34 +110,6 @@ impl Drop for Peer {
         if !std::thread::panicking() {
             idle().extend(self.process.take());
         }
-    }
-}
-
-impl Process {
-    fn start() -> Self {
-        let cache = std::env::var_os("OFFSHOOT_CACHE").map_or_else(
-            || PathBuf::from(std::env::var_os("HOME").expect("HOME")).join(".cache/offshoot"),
-            PathBuf::from,
-        );
-        let python = cache.join("python-tuf/bin/python");
-        let mut child = Command::new(&python)
-            .arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/tuf/peer.py"))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|error| panic!("{}: {error}; run `make setup`", python.display()));
-        Self {
-            stdin: child.stdin.take().unwrap(),
-            stdout: BufReader::new(child.stdout.take().unwrap()),
-            child,
-        }
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
     }
 }
 

@@ -3,7 +3,7 @@
 use offshoot::trust::Refusal;
 use serde_json::{Value, json};
 
-use crate::peer::{Peer, below};
+use super::peer::{Peer, below};
 
 const SCHEMES: [&str; 3] = ["ed25519", "ecdsa-sha2-nistp256", "rsassa-pss-sha256"];
 

@@ -5,7 +5,7 @@ use std::fs;
 use offshoot::trust::Refusal;
 use serde_json::json;
 
-use crate::peer::{Peer, below};
+use super::peer::{Peer, below};
 
 /// From whom, to whom, for which paths, and whether nothing comes after.
 type Delegation<'a> = (&'a str, &'a str, &'a [&'a str], bool);

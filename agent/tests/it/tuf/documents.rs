@@ -3,7 +3,7 @@
 use offshoot::trust::Refusal;
 use serde_json::{Value, json};
 
-use crate::peer::{Device, Peer, missing, rolled_back};
+use super::peer::{Device, Peer, missing, rolled_back};
 
 const PAST: &str = "2029-12-31T00:00:00+00:00";
 
