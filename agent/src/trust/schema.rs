@@ -597,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_has_one_spelling() {
+    fn clause_4_2_3_a_time_has_one_spelling() {
         let text = "2026-01-31T23:59:59Z";
         assert_eq!(time::parse(text).map(time::write), Ok(text.to_owned()));
         for bad in [

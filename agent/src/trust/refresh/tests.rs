@@ -146,7 +146,7 @@ fn a_first_refresh_asks_for_the_roots_before_it_judges_anything() {
 }
 
 #[test]
-fn an_idle_poll_is_one_request_and_writes_nothing() {
+fn clause_5_3_an_idle_poll_is_one_request_and_writes_nothing() {
     let repository = Repository::new();
     let mut device = Device::new(&repository);
     let first = device.refresh(&repository).unwrap();

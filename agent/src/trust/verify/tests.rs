@@ -4,10 +4,10 @@ use super::delegations::{Scope, matches};
 use super::floors::online_keys;
 use super::*;
 use crate::trust::fixture::{
-    self, BETA_KEY, ROOT_KEYS, Repository, STABLE_KEY, TIMESTAMP_KEY, at, commit, hardware, keyid,
-    now, sign, version,
+    self, BETA_KEY, ROOT_KEYS, Repository, STABLE_KEY, TARGETS_KEY, TIMESTAMP_KEY, at, commit,
+    hardware, keyid, now, sign, version,
 };
-use crate::trust::schema::{Digested, Signature, TargetFile, Version};
+use crate::trust::schema::{Delegation, Digested, Signature, TargetFile, Version};
 
 /// Everything up to the channel, of the repository as it was first published.
 struct Chain {
@@ -223,7 +223,7 @@ fn clause_4_3_a_root_without_a_role_is_refused() {
 
 /// The root itself is believed, so that the next one can correct it.
 #[test]
-fn a_role_that_nobody_can_sign_for_is_refused_when_it_is_its_turn() {
+fn clause_5_3_4_a_role_that_nobody_can_sign_for_is_refused_when_it_is_its_turn() {
     let repository = Repository::new();
     let with = |name: &str, signers: RoleKeys| {
         let mut root = repository.root.clone();
@@ -356,7 +356,7 @@ fn clause_4_1_a_signature_covers_fields_that_are_unknown_here() {
 }
 
 #[test]
-fn a_key_id_is_any_unique_string() {
+fn clause_4_2_1_a_key_id_is_any_unique_string() {
     let mut root = Repository::new().root;
     root.keys.insert("the key of Alice".into(), fixture::key(1));
     root.roles.insert(
@@ -1131,6 +1131,96 @@ fn clause_5_3_11_floors_rise_and_fall_only_when_an_online_key_is_taken_away() {
             "{role}"
         );
     }
+}
+
+#[test]
+fn clause_4_5_a_role_is_delegated_to_once_in_one_way_and_by_a_name_that_is_free() {
+    let repository = Repository::new();
+    let mut chain = chain(&repository);
+    let file = chain.snapshot.0.meta.get_mut("targets.json").unwrap();
+    (file.length, file.hashes) = (None, None);
+    let accept = |change: &dyn Fn(&mut Vec<Delegation>)| {
+        let mut targets = (*chain.targets).clone();
+        change(&mut targets.delegations.as_mut().unwrap().roles);
+        let bytes = sign(&targets, &[TARGETS_KEY]);
+        accept_targets(&chain.root, &chain.snapshot, &bytes).map(|_| ())
+    };
+    assert_eq!(accept(&|_| {}), Ok(()));
+    let role = || "targets".to_owned();
+    assert_eq!(
+        accept(&|roles| roles[1].name = "stable".into()),
+        Err(Refusal::DuplicateDelegation {
+            role: role(),
+            name: "stable".into()
+        })
+    );
+    assert_eq!(
+        accept(&|roles| roles[1].path_hash_prefixes = vec!["00".into()]),
+        Err(Refusal::TwoScopes {
+            role: role(),
+            name: "beta".into()
+        })
+    );
+    let long = "a".repeat(65);
+    assert_eq!(accept(&|roles| roles[1].name = long[1..].into()), Ok(()));
+    for name in [
+        "",
+        "root",
+        "timestamp",
+        "snapshot",
+        "targets",
+        "mirrors",
+        &long,
+    ] {
+        assert_eq!(
+            accept(&|roles| roles[1].name = name.into()),
+            Err(Refusal::BadRoleName {
+                role: role(),
+                name: name.into()
+            })
+        );
+    }
+    // In neither way, a role may sign for nothing.
+    assert_eq!(accept(&|roles| roles[1].paths.clear()), Ok(()));
+    assert!(!Scope::Paths(vec![]).contains("a"));
+}
+
+/// sha256("a") begins ca97.
+#[test]
+fn clause_4_5_a_hash_prefix_is_of_the_sha256_of_the_path() {
+    for (prefix, want) in [
+        ("c", true),
+        ("ca97", true),
+        ("", true),
+        ("ca98", false),
+        ("CA97", false),
+    ] {
+        let scope = Scope::HashPrefixes(vec!["00".into(), prefix.into()]);
+        assert_eq!(scope.contains("a"), want, "{prefix}");
+    }
+}
+
+#[test]
+fn clause_5_7_3_a_target_without_a_hash_is_refused() {
+    let mut target = Target {
+        path: "file".into(),
+        file: TargetFile::of(b"hello"),
+    };
+    let accept = |target: &Target| accept_target(&Verified(target.clone()), b"hello");
+    assert_eq!(accept(&target), Ok(()));
+    target.file.length = 4;
+    let want = Refusal::WrongLength {
+        role: "file".into(),
+        want: 4,
+        got: 5,
+    };
+    assert_eq!(accept(&target), Err(want));
+    target.file.length = 5;
+    target.file.hashes.clear();
+    let want = Refusal::NoHash {
+        role: "file".into(),
+    };
+    assert_eq!(accept(&target), Err(want));
 }
 
 #[test]

@@ -99,7 +99,7 @@ fn count(pairs: &[(&Key, &str)]) -> u64 {
 }
 
 #[test]
-fn each_kind_of_key_counts_by_the_names_of_its_scheme() {
+fn clause_4_2_2_each_kind_of_key_counts_by_the_names_of_its_scheme() {
     let (p256, p384, rsa) = (Pair::ecdsa("P-256"), Pair::ecdsa("P-384"), Pair::rsa(2048));
     for (pair, keytype, scheme, how) in [
         (&p256, "ecdsa", "ecdsa-sha2-nistp256", "-sha256"),
@@ -152,7 +152,7 @@ fn each_kind_of_key_counts_by_the_names_of_its_scheme() {
 }
 
 #[test]
-fn a_scheme_that_is_not_the_keys_or_is_not_known_does_not_count() {
+fn clause_4_2_2_a_scheme_that_is_not_the_keys_or_is_not_known_does_not_count() {
     let (p256, p384, rsa) = (Pair::ecdsa("P-256"), Pair::ecdsa("P-384"), Pair::rsa(2048));
     let pss = format!("-sha256 {PSS}:32");
     for (pair, keytype, scheme, how) in [
@@ -191,7 +191,7 @@ fn a_scheme_that_is_not_the_keys_or_is_not_known_does_not_count() {
 
 /// 4.2.2: at least 2048 bits.
 #[test]
-fn a_short_key_does_not_count() {
+fn clause_4_2_2_a_short_key_does_not_count() {
     let pair = Pair::rsa(1024);
     let key = pair.key("rsa", "rsassa-pss-sha256");
     let sig = pair.sign(&format!("-sha256 {PSS}:32"));
