@@ -61,12 +61,15 @@ enum Verb {
     Check,
     /// Ask the server now, and install what it offers: fetch, deploy, reboot.
     ///
-    /// For devices whose configuration says reboot = "manual", this is the word they wait for. Tells the progress until the device
-    /// reboots; interrupting it does not stop the update.
+    /// For devices whose configuration says reboot = "manual", this is the word they wait for; it also does not wait for windows of time.
+    /// Tells the progress until the device reboots; interrupting it does not stop the update.
     Update {
         /// Return as soon as the daemon has begun.
         #[arg(long)]
         no_wait: bool,
+        /// Fetch it although the link is metered, or it is larger than the limits of the configuration.
+        #[arg(long)]
+        over_limits: bool,
     },
     /// Say which channel the device follows, or change it.
     ///
@@ -198,7 +201,10 @@ impl Cli<'_> {
                 Answer::Status(status) => self.checked(&status),
                 other => self.told(other),
             },
-            Verb::Update { no_wait } => self.update(*no_wait).await,
+            Verb::Update {
+                no_wait,
+                over_limits,
+            } => self.update(*no_wait, *over_limits).await,
             Verb::Channel { name, reset } => self.channel(name.as_deref(), *reset).await,
             Verb::Hold { reason, .. } => {
                 let answer = match reason {
@@ -325,8 +331,9 @@ impl Cli<'_> {
         }
     }
 
-    async fn update(&self, no_wait: bool) -> Result<ExitCode> {
-        let mut answer = self.ask(Method::POST, "/v1/update", None).await?;
+    async fn update(&self, no_wait: bool, over_limits: bool) -> Result<ExitCode> {
+        let body = json!({ "over_limits": over_limits });
+        let mut answer = (self.ask(Method::POST, "/v1/update", Some(&body))).await?;
         if no_wait || matches!(answer, Answer::Conflict(_) | Answer::Refused(_)) {
             return self.told(answer);
         }

@@ -13,6 +13,8 @@ use bootloader_glue::Bootloader;
 use bootloader_glue::uboot::{Count, Uboot};
 use serde::Deserialize;
 
+use crate::schedule::Window;
+
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -20,6 +22,8 @@ pub struct Config {
     pub device: Device,
     #[serde(default)]
     pub poll: Poll,
+    #[serde(default)]
+    pub network: Network,
     #[serde(default)]
     pub install: Install,
     #[serde(default)]
@@ -60,10 +64,47 @@ pub struct Poll {
     pub interval: u64,
 }
 
+/// What a download may cost. Sizes are bytes of bodies, as they are signed; 0 is no limit.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// When releases may be fetched; empty: at any time.
+    pub windows: Vec<Window>,
+    /// What to do while the link is metered.
+    pub when_metered: WhenMetered,
+    pub metered: Metered,
+    /// The most that one release may take.
+    pub update_limit: u64,
+    /// The most that all requests of a calendar month may take, before a release is fetched that would go beyond it.
+    pub month_limit: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WhenMetered {
+    #[default]
+    Download,
+    /// Fetch no release. Polls go on: an idle one is a few hundred bytes.
+    Wait,
+}
+
+/// Whether the link is metered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metered {
+    /// NetworkManager knows; without it, it is not.
+    #[default]
+    Ask,
+    Yes,
+    No,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Install {
     pub reboot: Reboot,
+    /// When the device may be taken down; empty: at any time.
+    pub windows: Vec<Window>,
     /// How the device is rebooted.
     pub reboot_command: Vec<String>,
 }
@@ -152,6 +193,7 @@ impl Default for Install {
     fn default() -> Self {
         Self {
             reboot: Reboot::Now,
+            windows: Vec::new(),
             reboot_command: vec!["systemctl".to_owned(), "reboot".to_owned()],
         }
     }

@@ -9,27 +9,32 @@
 
 use std::future::Future;
 use std::pin::pin;
+use std::process::Stdio;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use jiff::Timestamp as Time;
+use jiff::tz::TimeZone;
+use jiff::{Timestamp as Time, Zoned};
 use rustix::rand::{GetRandomFlags, getrandom};
 use sd_notify::NotifyState;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::commit::Commit;
-use crate::config::{self, Config};
-use crate::decide::{Step, Why, decide};
-use crate::device::{self, Device, Observed};
+use crate::config::{self, Config, Metered, WhenMetered};
+use crate::decide::{Consent, Download, Step, Why, decide};
+use crate::device::{self, Device, Observed, Plan};
 use crate::events;
 use crate::fetch::{Backoff, Server, ServerConfig, poll_delay};
 use crate::poll::{PollError, Poller};
-use crate::record::{Hold, Reason, Rejection};
+use crate::record::{Hold, Phase, Reason, Rejection};
+use crate::schedule::{self, State};
 use crate::status::{self, Status};
 use crate::trust::schema::{HardwareId, RoleName, time};
 use crate::trust::store::Store;
 use crate::trust::{Release, Verified};
+use crate::usage::{Usage, next_month};
 
 /// How often the boot environment is looked at while a trial waits for its confirmation.
 const CONFIRMATION_LOOK: Duration = Duration::from_secs(2);
@@ -48,8 +53,12 @@ const PROGRESS_PAUSE: Duration = Duration::from_millis(250);
 pub enum Command {
     /// Ask the server now.
     Check(oneshot::Sender<Status>),
-    /// Ask the server now, and install what it offers without waiting for further consent.
-    Update(oneshot::Sender<Result<Status, Status>>),
+    /// Ask the server now, and install what it offers without waiting for further consent, for a window of time or, if `over_limits`, for
+    /// another link or another month.
+    Update {
+        over_limits: bool,
+        reply: oneshot::Sender<Result<Status, Status>>,
+    },
     /// Follow this channel, or again the configured one.
     Channel(Option<RoleName>, oneshot::Sender<Result<Status>>),
     /// Install nothing, or again something.
@@ -74,7 +83,12 @@ struct Daemon {
     server_floor: Time,
     offer: Option<Verified<Release>>,
     /// The release that an operator has told to install.
-    allowed: Option<Commit>,
+    allowed: Option<Allowed>,
+    usage: Usage,
+    /// What of the server's count is in `usage`.
+    counted: u64,
+    /// When a window that is waited for opens, or one that is open closes, or the month ends.
+    turn: Option<(status::NextIs, Due)>,
     poll_due: Due,
     poll_backoff: Backoff,
     last_poll: Option<status::Poll>,
@@ -85,6 +99,12 @@ struct Daemon {
     /// What the device waits for, as it was told last.
     told: Option<Why>,
     status: watch::Sender<Option<Status>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Allowed {
+    commit: Commit,
+    over_limits: bool,
 }
 
 /// What did not work, until something does.
@@ -132,6 +152,11 @@ pub async fn run(config: Config, ends: Ends, stop: impl Future<Output = ()>) -> 
         let step = daemon.look().await;
         daemon.tell(step.as_ref());
         let due = step.as_ref().filter(|step| daemon.is_due(step));
+        // A download ends with its window; what is in the spool stays.
+        let closes = match (&daemon.turn, due) {
+            (Some((_, turn)), Some(Step::Fetch { .. })) => Some(turn.when),
+            _ => None,
+        };
         let command = tokio::select! {
             biased;
             () = &mut stop => break,
@@ -145,6 +170,7 @@ pub async fn run(config: Config, ends: Ends, stop: impl Future<Output = ()>) -> 
                 () = &mut stop => break,
                 // A download stays in the spool; nothing else is interrupted.
                 command = commands.recv(), if matches!(step, Step::Fetch { .. }) => command,
+                () = tokio::time::sleep_until(closes.unwrap_or_else(Instant::now)), if closes.is_some() => None,
                 () = daemon.perform(step) => None,
             },
             (None, None) if daemon.poll_due.is_past() => tokio::select! {
@@ -203,10 +229,20 @@ impl Daemon {
             .hardware
             .parse()
             .context("device.hardware in the configuration")?;
+        let (usage, aside) = Usage::open(&config.paths.state)?;
+        if let Some(path) = aside {
+            tracing::error!(MESSAGE_ID = events::DAMAGED, FILE = %path.display(), "the month's count was corrupt: set aside as {}", path.display());
+        }
         let offer = trust
             .accepted(&channel, &hardware)
             .context("reading the metadata that was accepted before")?;
-        let observed = device.observe(offer.as_ref(), |_| false).await?;
+        let observed = device
+            .observe(
+                offer.as_ref(),
+                |_, _| Download::AwaitsWindow,
+                |_| Consent::AwaitsOperator,
+            )
+            .await?;
         let interval = config.poll_interval();
         let first = FIRST_POLL
             .min(interval)
@@ -225,6 +261,9 @@ impl Daemon {
             trust,
             offer,
             allowed: None,
+            usage,
+            counted: 0,
+            turn: None,
             last_poll: None,
             failure: None,
             rebooting: false,
@@ -235,25 +274,91 @@ impl Daemon {
 
     /// Observes the device and decides. `None`: it cannot be observed, so nothing is done to it.
     async fn look(&mut self) -> Option<Step> {
-        let (offer, allowed) = (self.offer.as_ref(), self.allowed);
-        let always = self.config.install.reboot == config::Reboot::Now;
-        let consent = |target| always || allowed == Some(target);
-        match self.device.observe(offer, consent).await {
+        let now = self.now().to_zoned(TimeZone::system());
+        let metered = self.is_metered().await;
+        let Config {
+            network, install, ..
+        } = &self.config;
+        let (fetching, installing) = (
+            schedule::state(&network.windows, &now),
+            schedule::state(&install.windows, &now),
+        );
+        let month = self.usage.this_month(&now);
+        let word = |commit| self.allowed.filter(|allowed| allowed.commit == commit);
+        let download = |commit, plan: &Plan| {
+            let goes_beyond = |limit: u64, bytes: u64| limit > 0 && bytes > limit;
+            let too_much = goes_beyond(network.update_limit, plan.total)
+                || goes_beyond(network.month_limit, month.saturating_add(plan.missing));
+            match word(commit) {
+                Some(Allowed {
+                    over_limits: true, ..
+                }) => Download::Allowed,
+                _ if too_much => Download::OverLimit,
+                _ if metered => Download::Metered,
+                Some(_) => Download::Allowed,
+                None if matches!(fetching, State::Closed(_)) => Download::AwaitsWindow,
+                None => Download::Allowed,
+            }
+        };
+        let consent = |commit| match (word(commit), install.reboot) {
+            (Some(_), _) => Consent::Given,
+            (None, config::Reboot::Manual) => Consent::AwaitsOperator,
+            (None, config::Reboot::Now) if matches!(installing, State::Closed(_)) => {
+                Consent::AwaitsWindow
+            }
+            (None, config::Reboot::Now) => Consent::Given,
+        };
+        let observed = self
+            .device
+            .observe(self.offer.as_ref(), download, consent)
+            .await;
+        let step = match observed {
             Ok(observed) => {
                 self.observed = observed;
-                if self
-                    .failure
-                    .as_ref()
-                    .is_some_and(|failed| failed.step.is_none())
-                {
+                if (self.failure.as_ref()).is_some_and(|failed| failed.step.is_none()) {
                     self.failure = None;
                 }
-                Some(decide(self.device.record(), &self.observed.facts))
+                decide(self.device.record(), &self.observed.facts)
             }
             Err(error) => {
+                self.turn = None;
                 self.failed(None, &format!("{error:#}"));
-                None
+                return None;
             }
+        };
+        let turn = match (&step, fetching, installing) {
+            (Step::Wait(Why::AwaitingDownloadWindow), State::Closed(at), _)
+            | (Step::Wait(Why::AwaitingInstallWindow), _, State::Closed(at)) => {
+                at.map(|at| (status::NextIs::Window, at))
+            }
+            (Step::Wait(Why::OverLimit), ..) if self.config.network.month_limit > 0 => {
+                next_month(&now).map(|at| (status::NextIs::Month, at))
+            }
+            (Step::Fetch { target, .. }, State::Open(at), _)
+                if self.allowed.is_none_or(|allowed| allowed.commit != *target) =>
+            {
+                at.map(|at| (status::NextIs::Window, at))
+            }
+            _ => None,
+        };
+        let here = now.timestamp();
+        self.turn = turn.map(|(what, at)| {
+            let left = Duration::try_from(at.duration_since(here)).unwrap_or_default();
+            (what, Due::after(left, here))
+        });
+        Some(step)
+    }
+
+    /// Asked only when it matters.
+    async fn is_metered(&self) -> bool {
+        let network = &self.config.network;
+        let matters = network.when_metered == WhenMetered::Wait
+            && matches!(self.device.record().phase, Phase::Staging { .. });
+        match network.metered {
+            _ if !matters => false,
+            Metered::Yes => true,
+            Metered::No => false,
+            Metered::Ask => network_manager_says_metered().await,
         }
     }
 
@@ -268,7 +373,10 @@ impl Daemon {
 
     /// When to look again without anybody's word.
     fn wake(&self, step: Option<&Step>) -> Instant {
-        let poll = self.poll_due.when;
+        let poll = match &self.turn {
+            Some((_, turn)) => self.poll_due.when.min(turn.when),
+            None => self.poll_due.when,
+        };
         match step {
             Some(Step::Wait(Why::AwaitingConfirmation)) => {
                 poll.min(Instant::now() + CONFIRMATION_LOOK)
@@ -289,9 +397,12 @@ impl Daemon {
                 self.poll().await;
                 let _ = reply.send(self.answer().await);
             }
-            Command::Update(reply) => {
+            Command::Update { over_limits, reply } => {
                 self.poll().await;
-                self.allowed = self.offer.as_ref().map(|offer| offer.entry.commit);
+                self.allowed = self.offer.as_ref().map(|offer| Allowed {
+                    commit: offer.entry.commit,
+                    over_limits,
+                });
                 self.failure = None;
                 let status = self.answer().await;
                 let _ = reply.send(if status.why.is_none() {
@@ -356,6 +467,7 @@ impl Daemon {
             .poller
             .poll(&mut self.server, &mut self.trust, now, built)
             .await;
+        self.count(false);
         let at = time::write(self.now());
         let delay = match outcome {
             Ok(outcome) => {
@@ -412,6 +524,7 @@ impl Daemon {
         if self.server_floor < floor && now < floor {
             self.server = server(&self.config, floor)?;
             self.server_floor = floor;
+            self.counted = 0;
         }
         Ok(())
     }
@@ -432,12 +545,24 @@ impl Daemon {
         self.trust.now(Time::now(), self.built())
     }
 
+    /// Adds what the server has sent since to the month's count. Not being able to keep it stops nothing.
+    fn count(&mut self, save: bool) {
+        let now = self.now().to_zoned(TimeZone::system());
+        let received = self.server.received().load(Ordering::Relaxed);
+        count(&mut self.usage, &mut self.counted, received, &now, save);
+    }
+
     async fn perform(&mut self, step: &Step) {
         let now = self.now();
         let template = self.status.borrow().clone();
         let sender = self.status.clone();
         let mut last = None::<Instant>;
+        let received = self.server.received();
+        let zoned = now.to_zoned(TimeZone::system());
+        let (usage, counted) = (&mut self.usage, &mut self.counted);
         let mut progress = |done: u64, total: u64| {
+            let received = received.load(Ordering::Relaxed);
+            count(usage, counted, received, &zoned, false);
             let due = last.is_none_or(|last| last.elapsed() >= PROGRESS_PAUSE) || done == total;
             if let (true, Some(template)) = (due, &template) {
                 last = Some(Instant::now());
@@ -465,6 +590,7 @@ impl Daemon {
                 &mut progress,
             )
             .await;
+        self.count(matches!(step, Step::Fetch { .. }));
         match result {
             Ok(()) => {
                 self.failure = None;
@@ -533,6 +659,7 @@ impl Daemon {
             facts,
             deployments,
             unprotected,
+            plan,
         } = &self.observed;
         let record = self.device.record();
         let next = |what, due: &Due| {
@@ -550,6 +677,9 @@ impl Daemon {
         let next = match (failure, why) {
             (Some(failed), _) if failed.due.when < self.poll_due.when => {
                 next(status::NextIs::Retry, &failed.due)
+            }
+            (None, Some(_)) if self.turn.is_some() => {
+                (self.turn.as_ref()).and_then(|(what, due)| next(*what, due))
             }
             (Some(_), _) | (None, Some(_)) => next(status::NextIs::Poll, &self.poll_due),
             (None, None) => None,
@@ -588,7 +718,13 @@ impl Daemon {
                 commit: offer.entry.commit,
                 version: Some(offer.entry.version.to_string()),
             }),
+            plan: plan.map(|plan| status::Plan {
+                from: plan.from,
+                total: plan.total,
+                missing: plan.missing,
+            }),
             progress: None,
+            month: (self.usage).this_month(&self.now().to_zoned(TimeZone::system())),
             rejections: record.rejections.iter().map(rejected).collect(),
             hold: record.hold.clone(),
             protected: unprotected.is_none(),
@@ -677,6 +813,32 @@ fn server(config: &Config, floor: Time) -> Result<Server> {
         ..ServerConfig::new(&config.server.url)
     };
     Server::new(settings, concat!("offshoot/", env!("CARGO_PKG_VERSION")))
+}
+
+fn count(usage: &mut Usage, counted: &mut u64, received: u64, now: &Zoned, save: bool) {
+    let bytes = received.saturating_sub(*counted);
+    *counted = received;
+    if let Err(error) = usage.count(bytes, now, save) {
+        tracing::error!("{error:#}");
+    }
+}
+
+/// NetworkManager's word, if there is one. Asked through busctl, which is where systemd is; what is not understood is not metered.
+async fn network_manager_says_metered() -> bool {
+    let service = "org.freedesktop.NetworkManager";
+    let asked = tokio::process::Command::new("busctl")
+        .args(["--system", "--json=short", "get-property", service])
+        .args(["/org/freedesktop/NetworkManager", service, "Metered"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    let Ok(Ok(output)) = tokio::time::timeout(Duration::from_secs(5), asked).await else {
+        return false;
+    };
+    // NMMetered: 1 is yes, 3 is a guess that it is.
+    serde_json::from_slice::<serde_json::Value>(&output.stdout)
+        .is_ok_and(|answer| matches!(answer["data"].as_u64(), Some(1 | 3)))
 }
 
 /// Uniform; without the kernel's random numbers the devices of a fleet are merely less spread.

@@ -39,8 +39,10 @@ pub struct Facts {
     pub offer: Option<Commit>,
     /// How much of the recorded target is on disk.
     pub progress: Progress,
-    /// The installation may take the device down now.
-    pub consent: bool,
+    /// Whether the target may be fetched now, if it is not there.
+    pub download: Download,
+    /// Whether the installation may take the device down now.
+    pub consent: Consent,
     /// The bootloader is known to honour the counter.
     pub protected: bool,
     /// The fallback is being rehearsed (`offshoot selftest`): the counter is the rehearsal's.
@@ -64,6 +66,27 @@ pub enum Progress {
     Spooled,
     /// Its commit is complete in the repository.
     Stored,
+}
+
+/// Whether the target may be fetched now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Download {
+    Allowed,
+    /// The release has nothing that leads to it from what is here.
+    NoRoute,
+    /// It is larger than the configuration allows for one release, or for what is left of the month.
+    OverLimit,
+    /// The link is metered.
+    Metered,
+    AwaitsWindow,
+}
+
+/// Whether the device may be taken down now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Consent {
+    Given,
+    AwaitsOperator,
+    AwaitsWindow,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -140,6 +163,16 @@ pub enum Why {
     Unprotected,
     /// The fallback is being rehearsed.
     Rehearsing,
+    /// The newest release has no delta from what is deployed, and none from nothing.
+    NoRoute,
+    /// The newest release is larger than the configuration allows to be fetched.
+    OverLimit,
+    /// The link is metered, and the configuration says to wait for another one.
+    Metered,
+    /// Releases are fetched at other times.
+    AwaitingDownloadWindow,
+    /// The release is ready; the device is taken down at other times.
+    AwaitingInstallWindow,
     /// The release is ready; nobody has allowed taking the device down yet.
     AwaitingConsent,
 }
@@ -239,15 +272,24 @@ fn staging(record: &Record, facts: &Facts, from: Commit, target: Commit, attempt
         return Step::Abandon;
     }
     match facts.progress {
-        Progress::Missing => Step::Fetch { from, target },
+        Progress::Missing => match facts.download {
+            Download::Allowed => Step::Fetch { from, target },
+            Download::NoRoute => Step::Wait(Why::NoRoute),
+            Download::OverLimit => Step::Wait(Why::OverLimit),
+            Download::Metered => Step::Wait(Why::Metered),
+            Download::AwaitsWindow => Step::Wait(Why::AwaitingDownloadWindow),
+        },
         Progress::Spooled if attempts >= ATTEMPTS => Step::Reject {
             target,
             reason: Reason::NotInstalled,
         },
         Progress::Spooled => Step::Apply { from, target },
-        Progress::Stored if !facts.consent => Step::Wait(Why::AwaitingConsent),
-        Progress::Stored if facts.spare => Step::Prune { target },
-        Progress::Stored => Step::BeginTrial { from, target },
+        Progress::Stored => match facts.consent {
+            Consent::AwaitsOperator => Step::Wait(Why::AwaitingConsent),
+            Consent::AwaitsWindow => Step::Wait(Why::AwaitingInstallWindow),
+            Consent::Given if facts.spare => Step::Prune { target },
+            Consent::Given => Step::BeginTrial { from, target },
+        },
     }
 }
 

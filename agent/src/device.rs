@@ -31,7 +31,7 @@ use tokio::io::AsyncReadExt as _;
 
 use crate::commit::Commit;
 use crate::config::{Config, Paths};
-use crate::decide::{Facts, Progress, Step, Verdict};
+use crate::decide::{Consent, Download, Facts, Progress, Step, Verdict};
 use crate::delta::{self, Mismatch};
 use crate::deployment::{Deployments, Done, Failure, Stored};
 use crate::fetch::{FetchError, Name, Server, Slot, Spool, SpoolError};
@@ -67,6 +67,18 @@ pub struct Observed {
     pub deployments: Deployments,
     /// Why the boot counter cannot be relied on.
     pub unprotected: Option<BootloaderError>,
+    /// Of the release that is to be fetched.
+    pub plan: Option<Plan>,
+}
+
+/// How the target would be fetched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The deployment that the delta starts from; none: from nothing.
+    pub from: Option<Commit>,
+    /// Bytes of the whole download, and those that are not here yet.
+    pub total: u64,
+    pub missing: u64,
 }
 
 /// Why a step was not done.
@@ -133,11 +145,13 @@ impl Device {
         Ok(())
     }
 
-    /// Reads everything that [`crate::decide`] asks about. `offer` is the newest verified release, `consent` what may be installed now.
+    /// Reads everything that [`crate::decide`] asks about. `offer` is the newest verified release; `download` and `consent` say what may
+    /// be fetched and installed now.
     pub async fn observe(
         &self,
         offer: Option<&Verified<Release>>,
-        consent: impl Fn(Commit) -> bool,
+        download: impl Fn(Commit, &Plan) -> Download,
+        consent: impl Fn(Commit) -> Consent,
     ) -> Result<Observed> {
         let deployments: Deployments = self
             .deployer(&["status"])
@@ -151,6 +165,7 @@ impl Device {
         })?;
         let target = self.target();
         let unprotected = self.bootloader.probe().err();
+        let (progress, plan) = self.progress(offer, &deployments).await?;
         let facts = Facts {
             booted,
             deployed: deployments
@@ -169,8 +184,12 @@ impl Device {
                 .context("reading the boot environment")?,
             verdict: self.verdict()?,
             offer: offer.map(|offer| offer.entry.commit),
-            progress: self.progress(offer, &deployments).await?,
-            consent: target.is_some_and(consent),
+            progress,
+            download: match (target, &plan) {
+                (Some(target), Some(plan)) => download(target, plan),
+                (Some(_), None) | (None, _) => Download::NoRoute,
+            },
+            consent: target.map_or(Consent::AwaitsOperator, consent),
             protected: unprotected.is_none(),
             rehearsing: selftest::is_rehearsing(&self.paths.state),
         };
@@ -178,6 +197,7 @@ impl Device {
             facts,
             deployments,
             unprotected,
+            plan,
         })
     }
 
@@ -270,27 +290,47 @@ impl Device {
         &self,
         offer: Option<&Verified<Release>>,
         deployments: &Deployments,
-    ) -> Result<Progress> {
+    ) -> Result<(Progress, Option<Plan>)> {
         let Phase::Staging { target, .. } = self.record.phase else {
-            return Ok(Progress::Missing);
+            return Ok((Progress::Missing, None));
         };
         let commit = target.to_string();
         let stored: Stored = self.deployer(&["stored", "--commit", &commit]).await?;
         if stored.complete {
-            return Ok(Progress::Stored);
+            return Ok((Progress::Stored, None));
         }
         let Some(delta) = offer
             .filter(|offer| offer.entry.commit == target)
             .and_then(|offer| route(offer, deployments))
         else {
-            return Ok(Progress::Missing);
+            return Ok((Progress::Missing, None));
         };
+        let plan = self.plan(target, delta)?;
+        if plan.missing > 0 {
+            return Ok((Progress::Missing, Some(plan)));
+        }
         for (slot, file) in self.files(target, delta) {
             if !slot.holds(file.length, &file.sha256)? {
-                return Ok(Progress::Missing);
+                return Ok((Progress::Missing, Some(plan)));
             }
         }
-        Ok(Progress::Spooled)
+        Ok((Progress::Spooled, Some(plan)))
+    }
+
+    /// By the sizes of what is here, which may still prove wrong.
+    fn plan(&self, target: Commit, delta: &Delta) -> Result<Plan> {
+        let total = delta
+            .download()
+            .context("the delta's sizes do not fit 64 bits")?;
+        let mut present = 0;
+        for (slot, file) in self.files(target, delta) {
+            present += slot.present()?.min(file.length);
+        }
+        Ok(Plan {
+            from: delta.from,
+            total,
+            missing: total - present,
+        })
     }
 
     async fn fetch(
@@ -302,17 +342,11 @@ impl Device {
         progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<(), StepError> {
         let delta = self.delta(from, target, offer).await?;
-        let total = delta
-            .download()
-            .context("the delta's sizes do not fit 64 bits")?;
+        let Plan { total, missing, .. } = self.plan(target, delta)?;
         self.deployer::<Done>(&["preflight", "--unpacked", &delta.usize.to_string()])
             .await?;
         let files = self.files(target, delta);
-        let mut present = 0;
-        for (slot, file) in &files {
-            present += slot.present()?.min(file.length);
-        }
-        self.has_room(total - present)?;
+        self.has_room(missing)?;
         let mut done = 0;
         for (slot, file) in &files {
             let path = file.path.as_str();

@@ -8,6 +8,7 @@
 //! - [`delta`]: that a static delta is the one that was signed for, before libostree reads it.
 //! - [`deployment`]: what the deployer, the only program that links libostree, says to the others.
 //! - [`health`]: the checks that a trial boot must pass, and the confirmation after them.
+//! - [`schedule`]: windows of time; [`usage`]: what a month's requests have cost.
 //! - [`selftest`]: whether this unit would survive a bad release, for the factory.
 //! - [`events`]: the journal's message ids.
 //! - [`config`]: the two files that configure all of it; [`cli`]: the words an operator types.
@@ -35,7 +36,11 @@ pub mod health;
 pub mod poll;
 pub mod record;
 #[cfg(feature = "daemon")]
+pub mod schedule;
+#[cfg(feature = "daemon")]
 pub mod selftest;
 #[cfg(feature = "daemon")]
 pub mod status;
 pub mod trust;
+#[cfg(feature = "daemon")]
+pub mod usage;

@@ -32,6 +32,7 @@ use jiff::Timestamp as Time;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::decide::{Consent, Download};
 use crate::device::Device;
 use crate::health;
 use crate::record::{self, Phase};
@@ -239,7 +240,10 @@ pub async fn rehearse(config: &Config, with_watchdog: bool) -> Result<Ending> {
         device.record().phase == Phase::Idle,
         "an update is going on: wait until it has ended"
     );
-    let deployments = device.observe(None, |_| false).await?.deployments;
+    let deployments = device
+        .observe(None, |_, _| Download::Allowed, |_| Consent::AwaitsOperator)
+        .await?
+        .deployments;
     ensure!(
         deployments.deployments.len() == 1,
         "there are {} deployments: a rehearsal falls back, and would boot another release. Rehearse on the factory's image, or remove the others (ostree admin undeploy)",
@@ -449,7 +453,9 @@ fn finish(config: &Config, report: Report) -> Result<Ending> {
 
 async fn deployment(config: &Config) -> Result<String> {
     let (device, _) = Device::open(config)?;
-    let observed = device.observe(None, |_| false).await?;
+    let observed = device
+        .observe(None, |_, _| Download::Allowed, |_| Consent::AwaitsOperator)
+        .await?;
     let booted = observed.facts.booted;
     Ok(format!(
         "{booted} runs, {} deployed",

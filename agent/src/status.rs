@@ -30,8 +30,12 @@ pub struct Status {
     pub hardware: String,
     /// The newest release that the channel has for this hardware.
     pub offer: Option<Release>,
+    /// How the newest release is fetched, while it is not here.
+    pub plan: Option<Plan>,
     /// Of the download that is going on.
     pub progress: Option<Progress>,
+    /// Bytes that were fetched this calendar month.
+    pub month: u64,
     pub rejections: Vec<Rejected>,
     pub hold: Option<Hold>,
     /// The boot counter can be relied on.
@@ -68,6 +72,18 @@ pub enum NextIs {
     Poll,
     /// The step that failed is tried again.
     Retry,
+    /// A window of time opens.
+    Window,
+    /// The month's limit begins anew.
+    Month,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The deployment that the delta starts from; null: from nothing.
+    pub from: Option<Commit>,
+    pub total: u64,
+    pub missing: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -249,6 +265,11 @@ impl Why {
             Self::AnotherDefault => "another-default",
             Self::Unprotected => "unprotected",
             Self::Rehearsing => "rehearsing",
+            Self::NoRoute => "no-route",
+            Self::OverLimit => "over-limit",
+            Self::Metered => "metered",
+            Self::AwaitingDownloadWindow => "awaiting-download-window",
+            Self::AwaitingInstallWindow => "awaiting-install-window",
             Self::AwaitingConsent => "awaiting-consent",
         }
     }
@@ -274,6 +295,21 @@ impl fmt::Display for Why {
             }
             Self::Rehearsing => {
                 "the fallback is being rehearsed (offshoot selftest): it goes on after the next reboot"
+            }
+            Self::NoRoute => {
+                "the newest release has no delta from this one, and none from nothing: the operator publishes one"
+            }
+            Self::OverLimit => {
+                "the newest release is larger than the limit for a release or for what is left of the month: `offshoot update --over-limits` fetches it all the same"
+            }
+            Self::Metered => {
+                "the link is metered: another one is waited for, or `offshoot update --over-limits`"
+            }
+            Self::AwaitingDownloadWindow => {
+                "releases are fetched at another time: `offshoot update` does it now"
+            }
+            Self::AwaitingInstallWindow => {
+                "a release is ready and is tried at another time: `offshoot update` does it now"
             }
             Self::AwaitingConsent => "a release is ready: `offshoot update` installs it and reboots",
         })
@@ -364,6 +400,8 @@ impl fmt::Display for Status {
             let what = match next.what {
                 NextIs::Poll => "the server is asked",
                 NextIs::Retry => "it is tried again",
+                NextIs::Window => "the window opens",
+                NextIs::Month => "the month's limit begins anew",
             };
             line("next", &format!("{what} at {}", next.at))?;
         }
@@ -371,9 +409,20 @@ impl fmt::Display for Status {
             "channel",
             &format!("{} for {}", self.channel, self.hardware),
         )?;
-        match &self.offer {
-            Some(offer) => line("newest", &offer.to_string())?,
-            None => line("newest", "none known")?,
+        match (&self.offer, &self.plan) {
+            (Some(offer), Some(plan)) => {
+                let share = Share {
+                    done: plan.total - plan.missing.min(plan.total),
+                    total: plan.total,
+                };
+                let from = plan.from.map_or("nothing".to_owned(), short);
+                line(
+                    "newest",
+                    &format!("{offer}, {share} of the delta from {from} here"),
+                )?;
+            }
+            (Some(offer), None) => line("newest", &offer.to_string())?,
+            (None, _) => line("newest", "none known")?,
         }
         if let Some(poll) = &self.last_poll {
             let outcome = poll

@@ -125,7 +125,8 @@ impl World {
             } else {
                 self.progress
             },
-            consent: true,
+            download: Download::Allowed,
+            consent: Consent::Given,
             protected: true,
             rehearsing: false,
         }
@@ -737,6 +738,56 @@ fn a_lost_record_at_any_moment_leaves_a_proved_deployment() {
             );
             assert!(world.proved.contains(&booted));
         }
+    }
+}
+
+/// What is waited for before the first byte, and before the device goes down; nothing else stops an update.
+#[test]
+fn policy_holds_an_update_before_its_download_and_before_its_trial() {
+    let (from, target) = (commit(1), commit(2));
+    let mut world = start(0);
+    world.record.phase = Phase::Staging {
+        from,
+        target,
+        attempts: 0,
+    };
+    let with = |world: &World, download, consent| {
+        let facts = Facts {
+            download,
+            consent,
+            ..world.facts(world.running.unwrap())
+        };
+        decide(&world.record, &facts)
+    };
+    let given = Consent::Given;
+    for (download, why) in [
+        (Download::NoRoute, Why::NoRoute),
+        (Download::OverLimit, Why::OverLimit),
+        (Download::Metered, Why::Metered),
+        (Download::AwaitsWindow, Why::AwaitingDownloadWindow),
+    ] {
+        world.progress = Progress::Missing;
+        assert_eq!(with(&world, download, given), Step::Wait(why));
+        // What is here already was paid for.
+        world.progress = Progress::Spooled;
+        assert_eq!(with(&world, download, given), Step::Apply { from, target });
+        world.progress = Progress::Stored;
+        world.deployed = vec![from];
+        assert_eq!(
+            with(&world, download, given),
+            Step::BeginTrial { from, target }
+        );
+    }
+    for (consent, why) in [
+        (Consent::AwaitsOperator, Why::AwaitingConsent),
+        (Consent::AwaitsWindow, Why::AwaitingInstallWindow),
+    ] {
+        world.progress = Progress::Missing;
+        let step = with(&world, Download::Allowed, consent);
+        assert_eq!(step, Step::Fetch { from, target });
+        world.progress = Progress::Stored;
+        let step = with(&world, Download::Allowed, consent);
+        assert_eq!(step, Step::Wait(why));
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -55,6 +56,8 @@ pub struct ServerConfig {
     pub floor: jiff::Timestamp,
     /// Permits `http://`, for a bench.
     pub insecure_http: bool,
+    /// No more bytes of bodies per second than this. Zero is no cap.
+    pub max_rate: u64,
 }
 
 /// The one server, over a connection that is reused while it works.
@@ -64,6 +67,7 @@ pub struct Server {
     tls: Arc<ClientConfig>,
     user_agent: HeaderValue,
     connection: Option<Connection>,
+    received: Arc<AtomicU64>,
 }
 
 /// The answer for a small file.
@@ -89,6 +93,7 @@ impl ServerConfig {
             low_speed: 32,
             floor: jiff::Timestamp::UNIX_EPOCH,
             insecure_http: false,
+            max_rate: 0,
         }
     }
 }
@@ -107,7 +112,13 @@ impl Server {
             tls: Arc::new(tls),
             user_agent,
             connection: None,
+            received: Arc::default(),
         })
+    }
+
+    /// Counts the bytes of all bodies that came.
+    pub fn received(&self) -> Arc<AtomicU64> {
+        self.received.clone()
     }
 
     /// A small file, whole, or an error if it is longer than `limit`. With the `etag` of an earlier answer the server
@@ -181,7 +192,7 @@ impl Server {
         if stated_length(answer.headers()).is_some_and(|length| length > limit) {
             return Err(Fault::TooLong { limit });
         }
-        let mut flow = Flow::new(answer.into_body(), &self.config);
+        let mut flow = Flow::new(answer.into_body(), &self.config, &self.received);
         let mut bytes = Vec::new();
         while let Some(chunk) = flow.chunk().await? {
             if (bytes.len() + chunk.len()) as u64 > limit {
@@ -328,7 +339,7 @@ impl Server {
             }
         };
         plain(&answer)?;
-        let mut flow = Flow::new(answer.into_body(), &self.config);
+        let mut flow = Flow::new(answer.into_body(), &self.config, &self.received);
         loop {
             let chunk = match flow.chunk().await {
                 Ok(Some(chunk)) => chunk,
@@ -430,7 +441,7 @@ impl Server {
 
     /// Reads what is left of an answer that is not needed, so that the connection can be kept; too much, and it goes.
     async fn drain(&mut self, answer: Response<Incoming>) {
-        let mut flow = Flow::new(answer.into_body(), &self.config);
+        let mut flow = Flow::new(answer.into_body(), &self.config, &self.received);
         loop {
             match flow.chunk().await {
                 Ok(None) => return,
@@ -459,12 +470,19 @@ struct Flow {
     low_speed: u64,
     waited: Duration,
     in_window: u64,
+    max_rate: u64,
+    /// When the bytes that came are paid for, at `max_rate`.
+    paid: Instant,
+    received: Arc<AtomicU64>,
 }
 
 impl Flow {
-    fn new(body: Incoming, config: &ServerConfig) -> Self {
+    fn new(body: Incoming, config: &ServerConfig, received: &Arc<AtomicU64>) -> Self {
         let ServerConfig {
-            stall, low_speed, ..
+            stall,
+            low_speed,
+            max_rate,
+            ..
         } = *config;
         Self {
             body,
@@ -473,11 +491,16 @@ impl Flow {
             low_speed,
             waited: Duration::ZERO,
             in_window: 0,
+            max_rate,
+            paid: Instant::now(),
+            received: received.clone(),
         }
     }
 
     async fn chunk(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
+            // What is not read holds the sender up. Our own pause is not the server's stall.
+            tokio::time::sleep_until(self.paid).await;
             let since = Instant::now();
             let frame = timeout(self.stall, self.body.frame())
                 .await
@@ -490,6 +513,12 @@ impl Flow {
                 Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
             };
             self.got += data.len() as u64;
+            self.received
+                .fetch_add(data.len() as u64, Ordering::Relaxed);
+            if self.max_rate > 0 {
+                let share = data.len() as f64 / self.max_rate as f64;
+                self.paid = self.paid.max(since) + Duration::from_secs_f64(share);
+            }
             self.in_window += data.len() as u64;
             if self.waited >= self.stall {
                 if u128::from(self.in_window) * 1000

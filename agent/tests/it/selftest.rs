@@ -3,7 +3,7 @@
 use std::fs;
 
 use bootloader_glue::protocol::{Boot, Mark};
-use offshoot::decide::{Step, Why, decide};
+use offshoot::decide::{Consent, Download, Step, Why, decide};
 use offshoot::device::Device;
 use offshoot::selftest::{self, Ending, Question, Report};
 
@@ -77,7 +77,11 @@ async fn a_sound_unit_passes_and_is_left_as_it_was() {
     machine.confirm();
     assert!(machine.armed());
     let (device, _) = Device::open(&config).unwrap();
-    let facts = device.observe(None, |_| true).await.unwrap().facts;
+    let facts = device
+        .observe(None, |_, _| Download::Allowed, |_| Consent::Given)
+        .await
+        .unwrap()
+        .facts;
     assert_eq!(decide(device.record(), &facts), Step::Wait(Why::Rehearsing));
 
     assert!(matches!(

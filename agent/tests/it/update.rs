@@ -7,12 +7,12 @@ use bootloader_glue::protocol::{Environment, Fallback, Mark};
 use jiff::Timestamp as Time;
 use offshoot::commit::{Commit, Sha256};
 use offshoot::daemon::{self, Command, Ends};
-use offshoot::decide::{Step, Verdict, Why, decide};
+use offshoot::decide::{Consent, Download, Step, Verdict, Why, decide};
 use offshoot::device::Device;
 use offshoot::fetch::{Server, ServerConfig};
 use offshoot::poll::Poller;
 use offshoot::record::{Hold, Phase, Reason, Rejection};
-use offshoot::status::{PollFailureKind, Status};
+use offshoot::status::{NextIs, PollFailureKind, Status};
 use offshoot::trust::schema::File;
 use offshoot::trust::store::Store;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -98,6 +98,12 @@ impl Daemon {
     fn cut(self) {
         self.task.abort();
     }
+}
+
+async fn update(daemon: &Daemon, over_limits: bool) -> Result<Status, Status> {
+    daemon
+        .command(|reply| Command::Update { over_limits, reply })
+        .await
 }
 
 fn rejected(machine: &Machine, commit: Commit) -> Option<Reason> {
@@ -425,7 +431,7 @@ async fn an_operators_words_are_obeyed_and_remembered() {
     .unwrap();
     let mut daemon = Daemon::start(&machine);
     daemon.waits(Why::NothingOffered).await;
-    let refused = daemon.command(Command::Update).await;
+    let refused = update(&daemon, false).await;
     assert_eq!(refused.unwrap_err().why, Some(Why::NothingOffered));
 
     let hold = Hold {
@@ -451,7 +457,7 @@ async fn an_operators_words_are_obeyed_and_remembered() {
     daemon.waits(Why::AwaitingConsent).await;
     assert_eq!(machine.deployments(), [machine.factory]);
     assert!(!machine.armed());
-    let status = daemon.command(Command::Update).await.unwrap();
+    let status = update(&daemon, false).await.unwrap();
     assert_eq!(status.why, None);
     assert_eq!(daemon.until_reboot(&machine).await.commit, target);
     machine.confirm();
@@ -477,6 +483,100 @@ async fn an_operators_words_are_obeyed_and_remembered() {
         (back.channel.as_str(), back.why),
         ("stable", Some(Why::UpToDate))
     );
+}
+
+/// What the configuration says besides, for a machine whose server runs.
+fn configure(machine: &Machine, section: &str) {
+    let config = machine.path("etc/offshoot/config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let former = text.split("[network]").next().unwrap();
+    fs::write(&config, format!("{former}{section}")).unwrap();
+}
+
+/// A window of an hour that opens in six.
+fn later() -> String {
+    let hour = |ahead: i64| {
+        let time = Time::now() + jiff::SignedDuration::from_hours(ahead);
+        let local = time.to_zoned(jiff::tz::TimeZone::system());
+        local.strftime("%H:00").to_string()
+    };
+    format!("{}-{}", hour(6), hour(7))
+}
+
+#[tokio::test]
+async fn a_download_waits_for_what_the_configuration_says_and_an_operator_may_say_otherwise() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    let target = machine.publish("two");
+    let deltas = || {
+        let requests = server.requests().into_iter();
+        requests
+            .filter(|request| request.path.starts_with("/base/deltas/"))
+            .count()
+    };
+    for (section, why, next, word) in [
+        ("update_limit = 100", Why::OverLimit, NextIs::Poll, false),
+        ("month_limit = 100", Why::OverLimit, NextIs::Month, false),
+        (
+            "metered = 'yes'\nwhen_metered = 'wait'",
+            Why::Metered,
+            NextIs::Poll,
+            false,
+        ),
+        (
+            &format!("windows = ['{}']", later()),
+            Why::AwaitingDownloadWindow,
+            NextIs::Window,
+            true,
+        ),
+    ] {
+        configure(&machine, &format!("[network]\n{section}\n"));
+        let mut daemon = Daemon::start(&machine);
+        let status = daemon.waits(why).await;
+        assert_eq!(status.next.unwrap().what, next, "{section}");
+        let plan = status.plan.unwrap();
+        assert_eq!(
+            (plan.from, plan.missing),
+            (Some(machine.factory), plan.total)
+        );
+        // A window does not bind an operator who is there; what costs money does.
+        if !word {
+            let refused = update(&daemon, false).await.unwrap_err();
+            assert_eq!(refused.why, Some(why));
+        }
+        daemon.stop().await;
+        assert_eq!(deltas(), 0, "{section}");
+    }
+    configure(&machine, "[network]\nmonth_limit = 100\n");
+    let daemon = Daemon::start(&machine);
+    assert_eq!(update(&daemon, true).await.unwrap().why, None);
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
+    let counted = fs::read_to_string(machine.path("state/usage.json")).unwrap();
+    let counted: serde_json::Value = serde_json::from_str(&counted).unwrap();
+    let files = machine.repository.files.iter();
+    let size: usize = files
+        .filter(|(path, _)| path.starts_with("deltas/"))
+        .map(|(_, bytes)| bytes.len())
+        .sum();
+    assert!(counted["bytes"].as_u64().unwrap() >= size as u64);
+}
+
+#[tokio::test]
+async fn a_trial_waits_for_its_window_with_everything_here() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    let target = machine.publish("two");
+    let config = machine.path("etc/offshoot/config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let windows = format!("[install]\nwindows = ['{}']\n", later());
+    fs::write(&config, text.replace("[install]\n", &windows)).unwrap();
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon.waits(Why::AwaitingInstallWindow).await;
+    assert_eq!(status.next.unwrap().what, NextIs::Window);
+    assert_eq!(status.plan, None);
+    assert_eq!(machine.deployments(), [machine.factory]);
+    update(&daemon, false).await.unwrap();
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
 }
 
 /// One step after the other on a machine, without the daemon's timing: what a power cut between any two leaves is reached by stopping.
@@ -519,7 +619,11 @@ impl<'a> Steps<'a> {
             .unwrap();
         let offer = outcome.found;
         loop {
-            let observed = self.device.observe(offer.as_ref(), |_| true).await.unwrap();
+            let observed = self
+                .device
+                .observe(offer.as_ref(), |_, _| Download::Allowed, |_| Consent::Given)
+                .await
+                .unwrap();
             let step = decide(self.device.record(), &observed.facts);
             if *budget == 0 || matches!(step, Step::Wait(_)) {
                 return step;

@@ -248,7 +248,12 @@ fn a_tar_of_a_tree_is_the_commit_of_the_tree_whoever_reads_it() {
     let command = bench.command("-", "from-nobody");
     // The program itself may be where only root may look.
     let program = temp.join("offshoot-fleet");
-    fs::copy(command.get_program(), &program).unwrap();
+    // Not copied by this process: another test's child may inherit the descriptor, and what is open for writing cannot be run.
+    let copied = Command::new("cp")
+        .arg(command.get_program())
+        .arg(&program)
+        .status();
+    assert!(copied.unwrap().success());
     let mut nobody = Command::new("setpriv");
     nobody
         .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
