@@ -5,7 +5,7 @@
 //! | `GET /v1/status` | | | 200 [`Status`] |
 //! | `GET /v1/status?after=N` | | waits, at most half a minute, for a revision above N | 200 [`Status`] |
 //! | `POST /v1/check` | | asks the server now | 200 [`Status`] |
-//! | `POST /v1/update` | `{"over_limits": false}` or nothing | asks the server now, and installs what it offers | 200 [`Status`]; 409 [`Status`] when there is nothing to install, `why` says why |
+//! | `POST /v1/update` | `{"over_limits": false, "from": null}` or nothing | asks the server now, and installs what it offers | 200 [`Status`]; 409 [`Status`] when there is nothing to install, `why` says why |
 //! | `PUT /v1/channel` | `{"channel": "beta"}` | follows that channel | 200 [`Status`] |
 //! | `DELETE /v1/channel` | | follows the configured channel | 200 [`Status`] |
 //! | `PUT /v1/hold` | `{"reason": "…"}` | installs nothing | 200 [`Status`] |
@@ -79,6 +79,7 @@ struct ChannelBody {
 #[serde(default, deny_unknown_fields)]
 struct UpdateBody {
     over_limits: bool,
+    from: Option<PathBuf>,
 }
 
 /// The socket, listening. What was there before is replaced: it belongs to a daemon that is no more.
@@ -204,12 +205,17 @@ async fn handle(
             Ok((StatusCode::OK, status))
         }
         (Method::POST, "/v1/update") => {
-            let UpdateBody { over_limits } = if body.is_empty() {
+            let UpdateBody { over_limits, from } = if body.is_empty() {
                 UpdateBody::default()
             } else {
                 parse(&body)?
             };
-            match ask(&commands, |reply| Command::Update { over_limits, reply }).await? {
+            let command = |reply| Command::Update {
+                over_limits,
+                from,
+                reply,
+            };
+            match ask(&commands, command).await? {
                 Ok(status) => Ok((StatusCode::OK, status)),
                 Err(status) => Ok((StatusCode::CONFLICT, status)),
             }

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::io::{self, IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
@@ -70,6 +70,10 @@ enum Verb {
         /// Fetch it although the link is metered, or it is larger than the limits of the configuration.
         #[arg(long)]
         over_limits: bool,
+        /// Not from the server, but from a directory with the same content: a USB stick, a bundle (offshoot-fleet bundle). It is trusted as
+        /// little as the server.
+        #[arg(long, value_name = "DIRECTORY")]
+        from: Option<PathBuf>,
     },
     /// Say which channel the device follows, or change it.
     ///
@@ -204,7 +208,8 @@ impl Cli<'_> {
             Verb::Update {
                 no_wait,
                 over_limits,
-            } => self.update(*no_wait, *over_limits).await,
+                from,
+            } => self.update(*no_wait, *over_limits, from.as_deref()).await,
             Verb::Channel { name, reset } => self.channel(name.as_deref(), *reset).await,
             Verb::Hold { reason, .. } => {
                 let answer = match reason {
@@ -331,8 +336,15 @@ impl Cli<'_> {
         }
     }
 
-    async fn update(&self, no_wait: bool, over_limits: bool) -> Result<ExitCode> {
-        let body = json!({ "over_limits": over_limits });
+    async fn update(
+        &self,
+        no_wait: bool,
+        over_limits: bool,
+        from: Option<&Path>,
+    ) -> Result<ExitCode> {
+        // The daemon has another working directory.
+        let from = from.map(std::path::absolute).transpose()?;
+        let body = json!({ "over_limits": over_limits, "from": from });
         let mut answer = (self.ask(Method::POST, "/v1/update", Some(&body))).await?;
         if no_wait || matches!(answer, Answer::Conflict(_) | Answer::Refused(_)) {
             return self.told(answer);

@@ -37,16 +37,41 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Server {
-    /// Where `metadata/`, `targets/` and `deltas/` are: `https://host[:port]/[prefix/]`.
+    /// Where `metadata/`, `targets/` and `deltas/` are: `https://host[:port]/[prefix/]`, or `file:///directory` for a share that is mounted.
     pub url: String,
+    /// More places with the same content, asked in this order when one before does not answer.
+    #[serde(default)]
+    pub mirrors: Vec<String>,
     /// PEM certificates to trust instead of the system's.
     pub ca: Option<PathBuf>,
+    /// What shows the server who this device is.
+    pub identity: Option<Identity>,
     /// Allow http://. For a bench; the metadata is signed either way, who asks for what is not secret then.
     #[serde(default)]
     pub insecure_http: bool,
     /// Seconds without a byte after which a transfer counts as stalled.
     #[serde(default = "stall")]
     pub stall: u64,
+    /// Bytes per second below which a transfer is given up; 0 is never.
+    #[serde(default = "low_speed")]
+    pub low_speed: u64,
+    /// Bytes per second above which the device does not read; 0 is no cap.
+    #[serde(default)]
+    pub max_rate: u64,
+    /// `http://[user:password@]host:port`. Without it `https_proxy` and `no_proxy` of the environment count.
+    pub proxy: Option<String>,
+    /// Hosts, domains and networks that are reached without the proxy, as curl reads it.
+    #[serde(default)]
+    pub no_proxy: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Identity {
+    /// The certificate and those that lead to its authority, in PEM.
+    pub certificate: PathBuf,
+    /// Its private key, in PEM.
+    pub key: PathBuf,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -246,6 +271,10 @@ impl Default for Paths {
 
 fn stall() -> u64 {
     30
+}
+
+fn low_speed() -> u64 {
+    32
 }
 
 impl Config {

@@ -8,9 +8,11 @@
 //! Does not know how a step is done ([`crate::device`]) or why it is the next one ([`crate::decide`]).
 
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::process::Stdio;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -26,7 +28,7 @@ use crate::config::{self, Config, Metered, WhenMetered};
 use crate::decide::{Consent, Download, Step, Why, decide};
 use crate::device::{self, Device, Observed, Plan};
 use crate::events;
-use crate::fetch::{Backoff, Server, ServerConfig, poll_delay};
+use crate::fetch::{Backoff, Directory, Server, ServerConfig, Source, poll_delay};
 use crate::poll::{PollError, Poller};
 use crate::record::{Hold, Phase, Reason, Rejection};
 use crate::schedule::{self, State};
@@ -57,6 +59,8 @@ pub enum Command {
     /// another link or another month.
     Update {
         over_limits: bool,
+        /// Not from the server, but from this directory.
+        from: Option<PathBuf>,
         reply: oneshot::Sender<Result<Status, Status>>,
     },
     /// Follow this channel, or again the configured one.
@@ -79,13 +83,16 @@ struct Daemon {
     observed: Observed,
     trust: Store,
     poller: Poller,
-    server: Server,
-    server_floor: Time,
+    source: Source,
+    source_floor: Time,
+    /// A directory that an operator has named, until it fails or the next poll is due.
+    local: Option<Source>,
     offer: Option<Verified<Release>>,
     /// The release that an operator has told to install.
     allowed: Option<Allowed>,
     usage: Usage,
-    /// What of the server's count is in `usage`.
+    /// Bytes of bodies that came, and how many of them are in `usage`.
+    received: Arc<AtomicU64>,
     counted: u64,
     /// When a window that is waited for opens, or one that is open closes, or the month ends.
     turn: Option<(status::NextIs, Due)>,
@@ -248,9 +255,11 @@ impl Daemon {
             .min(interval)
             .mul_f64(random() as f64 / u64::MAX as f64);
         let floor = trust.now(Time::now(), Time::UNIX_EPOCH);
+        let received = Arc::<AtomicU64>::default();
         Ok(Self {
-            server: server(&config, floor)?,
-            server_floor: floor,
+            source: source(&config, floor, &received)?,
+            source_floor: floor,
+            local: None,
             poller: Poller::new(channel, hardware),
             poll_due: Due::after(first, trust.now(Time::now(), Time::UNIX_EPOCH)),
             poll_backoff: Backoff::new(Duration::from_secs(5).min(interval), interval),
@@ -262,6 +271,7 @@ impl Daemon {
             offer,
             allowed: None,
             usage,
+            received,
             counted: 0,
             turn: None,
             last_poll: None,
@@ -397,8 +407,13 @@ impl Daemon {
                 self.poll().await;
                 let _ = reply.send(self.answer().await);
             }
-            Command::Update { over_limits, reply } => {
-                self.poll().await;
+            Command::Update {
+                over_limits,
+                from,
+                reply,
+            } => {
+                self.local = from.map(|path| Directory::new(path).into());
+                self.ask().await;
                 self.allowed = self.offer.as_ref().map(|offer| Allowed {
                     commit: offer.entry.commit,
                     over_limits,
@@ -457,16 +472,30 @@ impl Daemon {
         Ok(self.answer().await)
     }
 
+    /// Asks the servers, the first one first.
     async fn poll(&mut self) {
-        let now = Time::now();
-        if let Err(error) = self.lift_server_floor(now) {
+        self.local = None;
+        self.source.prefer_first();
+        if let Err(error) = self.lift_source_floor(Time::now()) {
             tracing::error!("{error:#}");
         }
+        self.ask().await;
+    }
+
+    async fn ask(&mut self) {
         let built = self.built();
         let outcome = self
             .poller
-            .poll(&mut self.server, &mut self.trust, now, built)
+            .poll(
+                self.local.as_mut().unwrap_or(&mut self.source),
+                &mut self.trust,
+                Time::now(),
+                built,
+            )
             .await;
+        if outcome.is_err() {
+            self.local = None;
+        }
         self.count(false);
         let at = time::write(self.now());
         let delay = match outcome {
@@ -518,13 +547,12 @@ impl Daemon {
     }
 
     /// Certificates are judged by a time that is not before what is known.
-    fn lift_server_floor(&mut self, now: Time) -> Result<()> {
+    fn lift_source_floor(&mut self, now: Time) -> Result<()> {
         let floor = self.trust.now(now, self.built());
         // Not for every second that passes: the connection is worth keeping.
-        if self.server_floor < floor && now < floor {
-            self.server = server(&self.config, floor)?;
-            self.server_floor = floor;
-            self.counted = 0;
+        if self.source_floor < floor && now < floor {
+            self.source = source(&self.config, floor, &self.received)?;
+            self.source_floor = floor;
         }
         Ok(())
     }
@@ -548,7 +576,7 @@ impl Daemon {
     /// Adds what the server has sent since to the month's count. Not being able to keep it stops nothing.
     fn count(&mut self, save: bool) {
         let now = self.now().to_zoned(TimeZone::system());
-        let received = self.server.received().load(Ordering::Relaxed);
+        let received = self.received.load(Ordering::Relaxed);
         count(&mut self.usage, &mut self.counted, received, &now, save);
     }
 
@@ -557,7 +585,7 @@ impl Daemon {
         let template = self.status.borrow().clone();
         let sender = self.status.clone();
         let mut last = None::<Instant>;
-        let received = self.server.received();
+        let received = self.received.clone();
         let zoned = now.to_zoned(TimeZone::system());
         let (usage, counted) = (&mut self.usage, &mut self.counted);
         let mut progress = |done: u64, total: u64| {
@@ -585,11 +613,15 @@ impl Daemon {
             .perform(
                 step,
                 self.offer.as_ref(),
-                &mut self.server,
+                self.local.as_mut().unwrap_or(&mut self.source),
                 now,
                 &mut progress,
             )
             .await;
+        if result.is_err() {
+            // Pulled out, or not what it was: the servers are asked.
+            self.local = None;
+        }
         self.count(matches!(step, Step::Fetch { .. }));
         match result {
             Ok(()) => {
@@ -804,15 +836,43 @@ fn report(step: &Step) {
     }
 }
 
-fn server(config: &Config, floor: Time) -> Result<Server> {
-    let settings = ServerConfig {
-        ca: config.server.ca.clone(),
-        stall: Duration::from_secs(config.server.stall),
-        insecure_http: config.server.insecure_http,
-        floor,
-        ..ServerConfig::new(&config.server.url)
+fn source(config: &Config, floor: Time, received: &Arc<AtomicU64>) -> Result<Source> {
+    let config::Server {
+        url,
+        mirrors,
+        ca,
+        identity,
+        insecure_http,
+        stall,
+        low_speed,
+        max_rate,
+        proxy,
+        no_proxy,
+    } = &config.server;
+    let server = |url: &String| {
+        let settings = ServerConfig {
+            ca: ca.clone(),
+            stall: Duration::from_secs(*stall),
+            low_speed: *low_speed,
+            max_rate: *max_rate,
+            proxy: proxy.clone(),
+            no_proxy: no_proxy.clone(),
+            identity: identity
+                .as_ref()
+                .map(|identity| (identity.certificate.clone(), identity.key.clone())),
+            insecure_http: *insecure_http,
+            floor,
+            received: received.clone(),
+            ..ServerConfig::new(url)
+        };
+        Server::new(settings, concat!("offshoot/", env!("CARGO_PKG_VERSION")))
     };
-    Server::new(settings, concat!("offshoot/", env!("CARGO_PKG_VERSION")))
+    // A directory is a server, too: a mounted share.
+    if let Some(path) = url.strip_prefix("file://") {
+        return Ok(Directory::new(path).into());
+    }
+    let others = mirrors.iter().map(server).collect::<Result<_>>()?;
+    Ok(Source::mirrors(server(url)?, others))
 }
 
 fn count(usage: &mut Usage, counted: &mut u64, received: u64, now: &Zoned, save: bool) {

@@ -34,7 +34,7 @@ use crate::config::{Config, Paths};
 use crate::decide::{Consent, Download, Facts, Progress, Step, Verdict};
 use crate::delta::{self, Mismatch};
 use crate::deployment::{Deployments, Done, Failure, Stored};
-use crate::fetch::{FetchError, Name, Server, Slot, Spool, SpoolError};
+use crate::fetch::{FetchError, Name, Slot, Source, Spool, SpoolError};
 use crate::health;
 use crate::record::{Damage, Phase, Record, Rejection, Store};
 use crate::selftest;
@@ -207,7 +207,7 @@ impl Device {
         &mut self,
         step: &Step,
         offer: Option<&Verified<Release>>,
-        server: &mut Server,
+        source: &mut Source,
         now: jiff::Timestamp,
         progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<(), StepError> {
@@ -220,7 +220,7 @@ impl Device {
             })?,
             Step::Abandon | Step::Confirmed { .. } => self.enter(Phase::Idle)?,
             Step::Fetch { from, target } => {
-                self.fetch(*from, *target, offer, server, progress).await?;
+                self.fetch(*from, *target, offer, source, progress).await?;
             }
             Step::Apply { from, target } => self.apply(*from, *target, offer).await?,
             Step::Prune { target } => {
@@ -338,7 +338,7 @@ impl Device {
         from: Commit,
         target: Commit,
         offer: Option<&Verified<Release>>,
-        server: &mut Server,
+        source: &mut Source,
         progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<(), StepError> {
         let delta = self.delta(from, target, offer).await?;
@@ -350,7 +350,7 @@ impl Device {
         let mut done = 0;
         for (slot, file) in &files {
             let path = file.path.as_str();
-            server
+            source
                 .part(path, file.length, &file.sha256, slot, &mut |here| {
                     progress(done + here, total);
                 })

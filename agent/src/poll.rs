@@ -8,7 +8,7 @@
 
 use jiff::Timestamp as Time;
 
-use crate::fetch::{self, FetchError, Server};
+use crate::fetch::{self, FetchError, Source};
 use crate::trust::goal::Newest;
 use crate::trust::refresh::{Outcome, Refresh, Reply, Want};
 use crate::trust::schema::{HardwareId, RoleName};
@@ -45,7 +45,7 @@ impl Poller {
     /// Brings `store` up to what the server has. `system` is the system's time, `built` the running image's.
     pub async fn poll(
         &mut self,
-        server: &mut Server,
+        source: &mut Source,
         store: &mut Store,
         system: Time,
         built: Time,
@@ -65,7 +65,7 @@ impl Poller {
                     conditional,
                 } => {
                     let condition = former.as_deref().filter(|_| conditional);
-                    match server.small(path, limit, condition).await? {
+                    match source.small(path, limit, condition).await? {
                         fetch::Reply::Body { bytes, etag: new } => {
                             etag = new;
                             Reply::Body(bytes.into())
@@ -78,7 +78,7 @@ impl Poller {
                     }
                 }
                 // Whether it may be missing is for the refresh to judge.
-                Want::File { path, limit, .. } => match server.small(&path, limit, None).await? {
+                Want::File { path, limit, .. } => match source.small(&path, limit, None).await? {
                     fetch::Reply::Body { bytes, .. } => Reply::Body(bytes.into()),
                     fetch::Reply::NotModified => Reply::NotModified,
                     fetch::Reply::NotFound => Reply::NotFound,

@@ -39,11 +39,15 @@ pub(super) fn plain<B>(answer: &Response<B>) -> Result<(), Fault> {
 
 /// A header as something to show: bounded, and empty if it is not there.
 pub(super) fn text<B>(answer: &Response<B>, name: HeaderName) -> String {
+    text_of(answer, name, 200)
+}
+
+pub(super) fn text_of<B>(answer: &Response<B>, name: HeaderName, limit: usize) -> String {
     let value = answer
         .headers()
         .get(name)
         .map_or(&b""[..], HeaderValue::as_bytes);
-    String::from_utf8_lossy(&value[..value.len().min(200)]).into_owned()
+    String::from_utf8_lossy(&value[..value.len().min(limit)]).into_owned()
 }
 
 pub(super) fn stated_length(headers: &HeaderMap) -> Option<u64> {

@@ -18,8 +18,9 @@ use hyper::body::Incoming;
 use rustls::ClientConfig;
 use tokio::time::{Instant, timeout};
 
-use super::answer::{content_range, plain, range, refusal, stated_length, text};
+use super::answer::{content_range, plain, range, refusal, stated_length, text, text_of};
 use super::connection::{Connection, broken, tls};
+use super::proxy::Proxy;
 use super::spool::{Partial, Slot};
 use super::url::{Base, check_path};
 use super::{Fault, FetchError};
@@ -37,6 +38,10 @@ const WORTH_DRAINING: u64 = 16 << 10;
 const WORTH_KEEPING: Duration = Duration::from_secs(20);
 
 const ETAG_LIMIT: usize = 256;
+
+/// How often a file may be somewhere else, and how long the name of that place may be: object stores sign theirs.
+const HOPS: usize = 5;
+const LOCATION_LIMIT: usize = 4096;
 
 /// Where the server is and how long to wait for it.
 #[derive(Clone, Debug)]
@@ -58,16 +63,29 @@ pub struct ServerConfig {
     pub insecure_http: bool,
     /// No more bytes of bodies per second than this. Zero is no cap.
     pub max_rate: u64,
+    /// `http://[user:password@]host:port` of a proxy that is asked to CONNECT; without it, what the environment says (`https_proxy`).
+    pub proxy: Option<String>,
+    /// Hosts, domains and networks that are reached without it, as curl's `no_proxy`.
+    pub no_proxy: String,
+    /// The certificate chain and the private key that show the server who this is, in PEM.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// Counts the bytes of all bodies that come.
+    pub received: Arc<AtomicU64>,
 }
 
 /// The one server, over a connection that is reused while it works.
 pub struct Server {
     base: Base,
+    connection: Option<Connection>,
+    caller: Caller,
+}
+
+/// What every request has in common, to whichever host it goes.
+struct Caller {
     config: ServerConfig,
     tls: Arc<ClientConfig>,
+    proxy: Proxy,
     user_agent: HeaderValue,
-    connection: Option<Connection>,
-    received: Arc<AtomicU64>,
 }
 
 /// The answer for a small file.
@@ -94,6 +112,10 @@ impl ServerConfig {
             floor: jiff::Timestamp::UNIX_EPOCH,
             insecure_http: false,
             max_rate: 0,
+            proxy: None,
+            no_proxy: String::new(),
+            identity: None,
+            received: Arc::default(),
         }
     }
 }
@@ -103,22 +125,22 @@ impl Server {
     pub fn new(config: ServerConfig, user_agent: &str) -> anyhow::Result<Self> {
         let base = Base::parse(&config.url, config.insecure_http)
             .with_context(|| format!("the server's url {:?}", config.url))?;
-        let tls = tls(config.ca.as_deref(), config.floor)?;
+        let identity = config.identity.as_ref();
+        let identity = identity.map(|(chain, key)| (chain.as_path(), key.as_path()));
+        let tls = tls(config.ca.as_deref(), identity, config.floor)?;
+        let proxy = Proxy::new(config.proxy.as_deref(), &config.no_proxy)?;
         let user_agent = HeaderValue::from_str(user_agent)
             .with_context(|| format!("the user agent {user_agent:?}"))?;
         Ok(Self {
             base,
-            config,
-            tls: Arc::new(tls),
-            user_agent,
             connection: None,
-            received: Arc::default(),
+            caller: Caller {
+                config,
+                tls: Arc::new(tls),
+                proxy,
+                user_agent,
+            },
         })
-    }
-
-    /// Counts the bytes of all bodies that came.
-    pub fn received(&self) -> Arc<AtomicU64> {
-        self.received.clone()
     }
 
     /// A small file, whole, or an error if it is longer than `limit`. With the `etag` of an earlier answer the server
@@ -192,7 +214,7 @@ impl Server {
         if stated_length(answer.headers()).is_some_and(|length| length > limit) {
             return Err(Fault::TooLong { limit });
         }
-        let mut flow = Flow::new(answer.into_body(), &self.config, &self.received);
+        let mut flow = self.flow(answer);
         let mut bytes = Vec::new();
         while let Some(chunk) = flow.chunk().await? {
             if (bytes.len() + chunk.len()) as u64 > limit {
@@ -284,6 +306,10 @@ impl Server {
         mut partial: Partial,
         progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<Transfer, Fault> {
+        // Where the server has sent us; the connection to it lasts as long as this file.
+        let mut elsewhere: Option<(Base, String)> = None;
+        let mut connection = None;
+        let mut hops = 0;
         let answer = loop {
             let from = partial.present();
             let range = if from > 0 {
@@ -291,13 +317,30 @@ impl Server {
             } else {
                 None
             };
-            let answer = match self.ask(path, range).await {
+            let answer = match &elsewhere {
+                None => self.ask(path, range).await,
+                Some((base, target)) => self.caller.ask(base, target, &mut connection, range).await,
+            };
+            let answer = match answer {
                 Err(fault @ Fault::Interrupted { .. }) => {
                     return Ok(Transfer::Interrupted(partial, fault));
                 }
                 answer => answer?,
             };
             match answer.status().as_u16() {
+                301 | 302 | 303 | 307 | 308 if hops < HOPS => {
+                    hops += 1;
+                    let to = text_of(&answer, header::LOCATION, LOCATION_LIMIT);
+                    let base = elsewhere.as_ref().map_or(&self.base, |(base, _)| base);
+                    let next = base.follow(&to, self.caller.config.insecure_http);
+                    let next = next.ok_or_else(|| refusal(&answer))?;
+                    tracing::debug!(path, %to, "redirected");
+                    if elsewhere.is_none() {
+                        self.drain(answer).await;
+                    }
+                    connection = None;
+                    elsewhere = Some(next);
+                }
                 200 => {
                     if stated_length(answer.headers()).is_some_and(|stated| stated != length) {
                         let got = stated_length(answer.headers()).unwrap_or(0);
@@ -339,7 +382,7 @@ impl Server {
             }
         };
         plain(&answer)?;
-        let mut flow = Flow::new(answer.into_body(), &self.config, &self.received);
+        let mut flow = self.flow(answer);
         loop {
             let chunk = match flow.chunk().await {
                 Ok(Some(chunk)) => chunk,
@@ -365,83 +408,25 @@ impl Server {
         }
     }
 
-    /// Sends a request and waits for the head of its answer. A kept connection may have been closed by the server just
-    /// then; that alone is tried again at once.
     async fn ask(
         &mut self,
         path: &str,
         extra: Option<(HeaderName, HeaderValue)>,
     ) -> Result<Response<Incoming>, Fault> {
         check_path(path)?;
-        loop {
-            let (mut connection, kept) = match self.connection.take() {
-                Some(connection) if connection.used.elapsed() < WORTH_KEEPING => (connection, true),
-                Some(_) | None => (
-                    Connection::to(&self.base, &self.tls, self.config.connect).await?,
-                    false,
-                ),
-            };
-            let request = self.request(path, connection.sender.is_http2(), extra.clone())?;
-            let outcome = timeout(self.config.stall, connection.send(request)).await;
-            match outcome.unwrap_or(Err(Fault::Stalled {
-                after: self.config.stall,
-            })) {
-                Err(Fault::Interrupted { .. }) if kept => {}
-                Err(fault) => return Err(fault),
-                Ok(answer) => {
-                    connection.used = Instant::now();
-                    self.connection = Some(connection);
-                    tracing::debug!(path, status = answer.status().as_u16(), "answered");
-                    return Ok(answer);
-                }
-            }
-        }
+        let target = format!("{}{path}", self.base.prefix);
+        self.caller
+            .ask(&self.base, &target, &mut self.connection, extra)
+            .await
     }
 
-    fn request(
-        &self,
-        path: &str,
-        http2: bool,
-        extra: Option<(HeaderName, HeaderValue)>,
-    ) -> Result<Request<Empty<Bytes>>, Fault> {
-        let Base {
-            scheme,
-            authority,
-            prefix,
-            ..
-        } = &self.base;
-        let uri = if http2 {
-            format!("{scheme}://{authority}{prefix}{path}")
-        } else {
-            format!("{prefix}{path}")
-        };
-        let uri: Uri = uri.parse().map_err(|_| Fault::BadPath {
-            path: path.to_owned(),
-        })?;
-        let mut request = Request::new(Empty::new());
-        *request.uri_mut() = uri;
-        let headers = request.headers_mut();
-        if !http2 {
-            let host = HeaderValue::from_str(authority.as_str());
-            headers.insert(
-                header::HOST,
-                host.map_err(|_| Fault::BadPath {
-                    path: path.to_owned(),
-                })?,
-            );
-        }
-        headers.insert(header::USER_AGENT, self.user_agent.clone());
-        headers.insert(
-            header::ACCEPT_ENCODING,
-            HeaderValue::from_static("identity"),
-        );
-        headers.extend(extra);
-        Ok(request)
+    fn flow(&self, answer: Response<Incoming>) -> Flow {
+        Flow::new(answer.into_body(), &self.caller.config)
     }
 
     /// Reads what is left of an answer that is not needed, so that the connection can be kept; too much, and it goes.
     async fn drain(&mut self, answer: Response<Incoming>) {
-        let mut flow = Flow::new(answer.into_body(), &self.config, &self.received);
+        let mut flow = self.flow(answer);
         loop {
             match flow.chunk().await {
                 Ok(None) => return,
@@ -452,6 +437,79 @@ impl Server {
                 }
             }
         }
+    }
+}
+
+impl Caller {
+    /// Sends a request and waits for the head of its answer. A kept connection may have been closed by the server just
+    /// then; that alone is tried again at once.
+    async fn ask(
+        &self,
+        base: &Base,
+        target: &str,
+        kept_connection: &mut Option<Connection>,
+        extra: Option<(HeaderName, HeaderValue)>,
+    ) -> Result<Response<Incoming>, Fault> {
+        loop {
+            let (mut connection, kept) = match kept_connection.take() {
+                Some(connection) if connection.used.elapsed() < WORTH_KEEPING => (connection, true),
+                Some(_) | None => {
+                    let limit = self.config.connect;
+                    let connection = Connection::to(base, &self.tls, &self.proxy, limit).await?;
+                    (connection, false)
+                }
+            };
+            let request =
+                self.request(base, target, connection.sender.is_http2(), extra.clone())?;
+            let outcome = timeout(self.config.stall, connection.send(request)).await;
+            match outcome.unwrap_or(Err(Fault::Stalled {
+                after: self.config.stall,
+            })) {
+                Err(Fault::Interrupted { .. }) if kept => {}
+                Err(fault) => return Err(fault),
+                Ok(answer) => {
+                    connection.used = Instant::now();
+                    *kept_connection = Some(connection);
+                    tracing::debug!(target, status = answer.status().as_u16(), "answered");
+                    return Ok(answer);
+                }
+            }
+        }
+    }
+
+    fn request(
+        &self,
+        base: &Base,
+        target: &str,
+        http2: bool,
+        extra: Option<(HeaderName, HeaderValue)>,
+    ) -> Result<Request<Empty<Bytes>>, Fault> {
+        let Base {
+            scheme, authority, ..
+        } = base;
+        let bad = || Fault::BadPath {
+            path: target.to_owned(),
+        };
+        let uri = if http2 {
+            format!("{scheme}://{authority}{target}")
+        } else {
+            target.to_owned()
+        };
+        let uri: Uri = uri.parse().map_err(|_| bad())?;
+        let mut request = Request::new(Empty::new());
+        *request.uri_mut() = uri;
+        let headers = request.headers_mut();
+        if !http2 {
+            let host = HeaderValue::from_str(authority.as_str());
+            headers.insert(header::HOST, host.map_err(|_| bad())?);
+        }
+        headers.insert(header::USER_AGENT, self.user_agent.clone());
+        headers.insert(
+            header::ACCEPT_ENCODING,
+            HeaderValue::from_static("identity"),
+        );
+        headers.extend(extra);
+        Ok(request)
     }
 }
 
@@ -477,7 +535,7 @@ struct Flow {
 }
 
 impl Flow {
-    fn new(body: Incoming, config: &ServerConfig, received: &Arc<AtomicU64>) -> Self {
+    fn new(body: Incoming, config: &ServerConfig) -> Self {
         let ServerConfig {
             stall,
             low_speed,
@@ -493,7 +551,7 @@ impl Flow {
             in_window: 0,
             max_rate,
             paid: Instant::now(),
-            received: received.clone(),
+            received: config.received.clone(),
         }
     }
 
@@ -539,7 +597,7 @@ impl Flow {
 }
 
 /// Runs what waits for the disk where it holds up nothing else.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Fault> + Send + 'static,
 ) -> Result<T, Fault> {
     match tokio::task::spawn_blocking(work).await {

@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::time_provider::TimeProvider;
 use rustls::{CertificateError, ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -23,6 +23,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
+use super::proxy::Proxy;
 use super::url::Base;
 use super::{Fault, Phase, TlsFault};
 
@@ -54,49 +55,25 @@ impl Sender {
 }
 
 impl Connection {
-    /// Looks up the server, connects and shakes hands, all within `limit`.
+    /// Looks up the server, connects and shakes hands, all within `limit`; through a proxy where there is one.
     pub(super) async fn to(
         base: &Base,
         tls: &Arc<ClientConfig>,
+        proxy: &Proxy,
         limit: Duration,
     ) -> Result<Self, Fault> {
         let deadline = Instant::now() + limit;
-        let Base {
-            scheme,
-            host,
-            port,
-            name,
-            ..
-        } = base;
-        let addresses: Vec<_> = within(
-            deadline,
-            Phase::Resolve,
-            lookup_host((host.as_str(), *port)),
-        )
-        .await?
-        .collect();
-        let mut outcome = Err(Fault::Unreachable {
-            phase: Phase::Resolve,
-            kind: io::ErrorKind::NotFound,
-        });
-        for (tried, address) in addresses.iter().enumerate() {
-            // A dead address, as IPv6 often is, may use only its share of the time.
-            let now = Instant::now();
-            let share = deadline.saturating_duration_since(now) / (addresses.len() - tried) as u32;
-            outcome = within(now + share, Phase::Connect, TcpStream::connect(address)).await;
-            if outcome.is_ok() {
-                break;
-            }
-        }
-        let tcp = outcome?;
-        within(deadline, Phase::Connect, async { tcp.set_nodelay(true) }).await?;
-        if *scheme == "http" {
-            return Self::over(Box::new(tcp), false).await;
+        let stream: Box<dyn Stream> = match proxy.between(base) {
+            Some(hop) => Box::new(hop.tunnel(base, deadline).await?),
+            None => Box::new(connect(&base.host, base.port, deadline).await?),
+        };
+        if base.scheme == "http" {
+            return Self::over(stream, false).await;
         }
         let tls = within(
             deadline,
             Phase::Handshake,
-            TlsConnector::from(tls.clone()).connect(name.clone(), tcp),
+            TlsConnector::from(tls.clone()).connect(base.name.clone(), stream),
         )
         .await?;
         let http2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
@@ -163,6 +140,29 @@ impl Connection {
     }
 }
 
+/// A TCP connection to a host that is looked up.
+pub(super) async fn connect(host: &str, port: u16, deadline: Instant) -> Result<TcpStream, Fault> {
+    let addresses: Vec<_> = within(deadline, Phase::Resolve, lookup_host((host, port)))
+        .await?
+        .collect();
+    let mut outcome = Err(Fault::Unreachable {
+        phase: Phase::Resolve,
+        kind: io::ErrorKind::NotFound,
+    });
+    for (tried, address) in addresses.iter().enumerate() {
+        // A dead address, as IPv6 often is, may use only its share of the time.
+        let now = Instant::now();
+        let share = deadline.saturating_duration_since(now) / (addresses.len() - tried) as u32;
+        outcome = within(now + share, Phase::Connect, TcpStream::connect(address)).await;
+        if outcome.is_ok() {
+            break;
+        }
+    }
+    let tcp = outcome?;
+    within(deadline, Phase::Connect, async { tcp.set_nodelay(true) }).await?;
+    Ok(tcp)
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
         self.driver.abort();
@@ -181,8 +181,12 @@ impl TimeProvider for FlooredClock {
     }
 }
 
-/// What to offer and whom to trust: only the authorities in `ca`, or those of the system.
-pub(super) fn tls(ca: Option<&Path>, floor: jiff::Timestamp) -> anyhow::Result<ClientConfig> {
+/// What to offer and whom to trust: only the authorities in `ca`, or those of the system. `identity` is a chain and its key.
+pub(super) fn tls(
+    ca: Option<&Path>,
+    identity: Option<(&Path, &Path)>,
+    floor: jiff::Timestamp,
+) -> anyhow::Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
     match ca {
         Some(path) => {
@@ -222,11 +226,29 @@ pub(super) fn tls(ca: Option<&Path>, floor: jiff::Timestamp) -> anyhow::Result<C
         )),
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = ClientConfig::builder_with_details(provider, Arc::new(floor))
+    let trusting = ClientConfig::builder_with_details(provider, Arc::new(floor))
         .with_safe_default_protocol_versions()
         .context("choosing TLS versions")?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let mut tls = match identity {
+        None => trusting.with_no_client_auth(),
+        Some((chain, key)) => {
+            let certificates = CertificateDer::pem_file_iter(chain)
+                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+                .with_context(|| format!("reading the client certificate {}", chain.display()))?;
+            let secret = PrivateKeyDer::from_pem_file(key)
+                .with_context(|| format!("reading the client key {}", key.display()))?;
+            trusting
+                .with_client_auth_cert(certificates, secret)
+                .with_context(|| {
+                    format!(
+                        "the client key {} and certificate {}",
+                        key.display(),
+                        chain.display()
+                    )
+                })?
+        }
+    };
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(tls)
 }
@@ -287,6 +309,6 @@ pub(super) fn broken(error: &hyper::Error, got: u64) -> Fault {
     Fault::Interrupted { got }
 }
 
-/// TLS or, on a bench, plain TCP.
+/// TLS, a tunnel or plain TCP.
 trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}

@@ -1,6 +1,6 @@
 //! Bytes from the server to the spool.
 //!
-//! Owns the connection to the one server ([`Server`]), what can go wrong with it sorted by who is to blame ([`Fault`]),
+//! Owns the connection to a server ([`Server`]), the choice between mirrors and directories ([`Source`]), what can go wrong with it sorted by who is to blame ([`Fault`]),
 //! how long to wait before asking again ([`Backoff`], [`poll_delay`]), and the directory that holds what is being
 //! fetched ([`Spool`], whose header says what a power cut leaves).
 //!
@@ -12,9 +12,10 @@
 //! differ between the edges of many networks for the same bytes; a tag that differs would throw away a good half and
 //! pay for it twice. The price is one more download of a file that changed under its name, which is a broken server.
 //!
-//! # Why no redirects?
-//! The URL in the configuration is the place the operator meant. A redirect hides a second host, a second certificate
-//! and a round trip in every request of every device; the remedy is to configure the place it points to.
+//! # Why are redirects followed for content only?
+//! A file with a signed digest is the same wherever it comes from, and object stores answer with a place elsewhere. Metadata is asked for at the
+//! place that the operator meant: a redirect there hides a second host and a round trip in every poll of every device, and the remedy
+//! is to configure the place that it points to.
 
 use std::fmt;
 use std::io;
@@ -25,10 +26,15 @@ use crate::commit::Sha256;
 mod answer;
 mod client;
 mod connection;
+mod directory;
+mod proxy;
+mod source;
 mod spool;
 mod url;
 
 pub use client::{Reply, Server, ServerConfig};
+pub use directory::Directory;
+pub use source::Source;
 pub use spool::{Name, NotAName, Slot, Spool, SpoolError};
 pub use url::BadUrl;
 
@@ -57,6 +63,9 @@ pub enum Fault {
     /// The server's certificate, or the device's clock or trust in it.
     #[error("the server's certificate was refused: {0}")]
     Tls(TlsFault),
+    /// The proxy that the configuration names.
+    #[error("the proxy answered {code} to CONNECT; {}", proxy_remedy(*.code))]
+    Proxy { code: u16 },
     /// Nothing arrived for this long.
     #[error("no byte came for {after:?}; a later try continues from here")]
     Stalled { after: Duration },
@@ -75,7 +84,7 @@ pub enum Fault {
         retry_after: Option<Duration>,
     },
     #[error(
-        "the server redirects to {to:?}, which is not followed; configure that address instead"
+        "the server redirects to {to:?}, which is not followed for metadata, too often, or to what is not https; configure that address instead"
     )]
     Redirected { to: String },
     #[error(
@@ -103,6 +112,8 @@ pub enum Phase {
     Resolve,
     Connect,
     Handshake,
+    /// Of a directory.
+    Read,
 }
 
 /// Why a certificate was refused. The clock is told apart, because a device whose clock is wrong mends itself otherwise
@@ -130,6 +141,7 @@ impl FetchError {
             | Fault::BadPath { .. }
             | Fault::Unreachable { .. }
             | Fault::Tls(_)
+            | Fault::Proxy { .. }
             | Fault::Stalled { .. }
             | Fault::TooSlow { .. }
             | Fault::Interrupted { .. }
@@ -212,6 +224,15 @@ fn remedy(code: u16) -> &'static str {
     }
 }
 
+fn proxy_remedy(code: u16) -> &'static str {
+    match code {
+        401 | 407 => "put a user and a password that it knows into its URL",
+        403 => "permit this device to reach the server through it, or add the server to no_proxy",
+        502..=504 => "it does not reach the server",
+        _ => "check its address",
+    }
+}
+
 struct Wait(Option<Duration>);
 
 impl fmt::Display for Wait {
@@ -229,6 +250,7 @@ impl fmt::Display for Phase {
             Self::Resolve => "looking up the server's name",
             Self::Connect => "connecting to the server",
             Self::Handshake => "the TLS handshake",
+            Self::Read => "reading the directory",
         })
     }
 }

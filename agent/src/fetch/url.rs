@@ -80,6 +80,27 @@ impl Base {
     }
 }
 
+impl Base {
+    /// Where a `Location` leads from here: the host, and the path and query there. `None` for what is not followed: another scheme, credentials,
+    /// a place that is no URL.
+    pub(super) fn follow(&self, location: &str, insecure_http: bool) -> Option<(Self, String)> {
+        let location: http::Uri = location.parse().ok()?;
+        let target = location.path_and_query()?.as_str().to_owned();
+        if !target.starts_with('/') {
+            return None;
+        }
+        let (scheme, authority) = match (location.scheme_str(), location.authority()) {
+            (Some(scheme), Some(authority)) => (scheme, authority.as_str()),
+            (None, None) => (self.scheme, self.authority.as_str()),
+            _ => return None,
+        };
+        // From TLS never to what is not.
+        let insecure = insecure_http && self.scheme == "http";
+        let base = Self::parse(&format!("{scheme}://{authority}/"), insecure).ok()?;
+        Some((base, target))
+    }
+}
+
 impl fmt::Display for Base {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}://{}{}", self.scheme, self.authority, self.prefix)

@@ -16,6 +16,7 @@ mod deployer;
 mod fetch;
 mod health;
 mod machine;
+mod network;
 mod selftest;
 mod server;
 mod tuf;

@@ -87,6 +87,15 @@ impl Identity {
     }
 
     pub fn with(protocols: &[&str], validity: Validity) -> Self {
+        Self::made(protocols, validity, false)
+    }
+
+    /// Whoever comes must show a certificate of the same authority: `client.pem`, with `client-key.pem`.
+    pub fn for_known_clients() -> Self {
+        Self::made(&["http/1.1"], Validity::Now, true)
+    }
+
+    fn made(protocols: &[&str], validity: Validity, known_clients: bool) -> Self {
         let mut ca = CertificateParams::new([]).unwrap();
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         ca.distinguished_name
@@ -107,8 +116,16 @@ impl Identity {
         let key = KeyPair::generate().unwrap();
         let leaf = leaf.signed_by(&key, &ca).unwrap();
 
+        let client_key = KeyPair::generate().unwrap();
+        let client = CertificateParams::new(["device-1".to_owned()]).unwrap();
+        let client = client.signed_by(&client_key, &ca).unwrap();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(ca.der().clone()).unwrap();
+
         let directory = tempfile::tempdir().unwrap();
         for (name, pem) in [
+            ("client.pem", client.pem()),
+            ("client-key.pem", client_key.serialize_pem()),
             ("ca.pem", ca.pem()),
             ("leaf.pem", leaf.pem()),
             ("key.pem", key.serialize_pem()),
@@ -116,10 +133,19 @@ impl Identity {
             std::fs::write(directory.path().join(name), pem).unwrap();
         }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut tls = rustls::ServerConfig::builder_with_provider(provider)
+        let tls = rustls::ServerConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
+            .unwrap();
+        let tls = if known_clients {
+            let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(
+                Arc::new(roots),
+                provider,
+            );
+            tls.with_client_cert_verifier(verifier.build().unwrap())
+        } else {
+            tls.with_no_client_auth()
+        };
+        let mut tls = tls
             .with_single_cert(
                 vec![leaf.into()],
                 PrivateKeyDer::try_from(key.serialize_der()).unwrap(),

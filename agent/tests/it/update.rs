@@ -9,7 +9,7 @@ use offshoot::commit::{Commit, Sha256};
 use offshoot::daemon::{self, Command, Ends};
 use offshoot::decide::{Consent, Download, Step, Verdict, Why, decide};
 use offshoot::device::Device;
-use offshoot::fetch::{Server, ServerConfig};
+use offshoot::fetch::{Server, ServerConfig, Source};
 use offshoot::poll::Poller;
 use offshoot::record::{Hold, Phase, Reason, Rejection};
 use offshoot::status::{NextIs, PollFailureKind, Status};
@@ -102,7 +102,11 @@ impl Daemon {
 
 async fn update(daemon: &Daemon, over_limits: bool) -> Result<Status, Status> {
     daemon
-        .command(|reply| Command::Update { over_limits, reply })
+        .command(|reply| Command::Update {
+            over_limits,
+            from: None,
+            reply,
+        })
         .await
 }
 
@@ -485,6 +489,41 @@ async fn an_operators_words_are_obeyed_and_remembered() {
     );
 }
 
+#[tokio::test]
+async fn an_update_comes_from_a_directory_as_from_a_server() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    let daemon = Daemon::start(&machine);
+    daemon.command(Command::Check).await;
+    let target = machine.publish("two");
+    machine.twisted(|_, _| crate::server::Answer::new(503, ""));
+    let from = |name: &str| {
+        let from = Some(machine.path(name));
+        daemon.command(|reply| Command::Update {
+            over_limits: false,
+            from,
+            reply,
+        })
+    };
+    let nothing = from("nowhere").await.unwrap_err();
+    let error = nothing.last_poll.unwrap().error.unwrap();
+    assert_eq!(error.kind, PollFailureKind::Refused);
+    for (path, bytes) in &machine.repository.files {
+        let path = machine.path("stick").join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    assert_eq!(from("stick").await.unwrap().why, None);
+    let before = server.requests().len();
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
+    let deltas = server.requests().split_off(before);
+    assert!(
+        !deltas
+            .iter()
+            .any(|request| request.path.contains("/deltas/"))
+    );
+}
+
 /// What the configuration says besides, for a machine whose server runs.
 fn configure(machine: &Machine, section: &str) {
     let config = machine.path("etc/offshoot/config.toml");
@@ -584,7 +623,7 @@ struct Steps<'a> {
     machine: &'a Machine,
     device: Device,
     trust: Store,
-    server: Server,
+    source: Source,
     poller: Poller,
 }
 
@@ -597,14 +636,15 @@ impl<'a> Steps<'a> {
             machine,
             device,
             trust: Store::open(config.paths.state.join("tuf"), &root).unwrap(),
-            server: Server::new(
+            source: Server::new(
                 ServerConfig {
                     ca: config.server.ca.clone(),
                     ..ServerConfig::new(&config.server.url)
                 },
                 "offshoot/test",
             )
-            .unwrap(),
+            .unwrap()
+            .into(),
             poller: Poller::new("stable".parse().unwrap(), HARDWARE.parse().unwrap()),
         }
     }
@@ -614,7 +654,7 @@ impl<'a> Steps<'a> {
         let now = Time::now();
         let outcome = self
             .poller
-            .poll(&mut self.server, &mut self.trust, now, Time::UNIX_EPOCH)
+            .poll(&mut self.source, &mut self.trust, now, Time::UNIX_EPOCH)
             .await
             .unwrap();
         let offer = outcome.found;
@@ -630,7 +670,7 @@ impl<'a> Steps<'a> {
             }
             *budget -= 1;
             self.device
-                .perform(&step, offer.as_ref(), &mut self.server, now, &mut |_, _| {})
+                .perform(&step, offer.as_ref(), &mut self.source, now, &mut |_, _| {})
                 .await
                 .unwrap();
             if step == Step::Reboot {
