@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
-use crate::{compose, init, publish, refresh, rotate, serve, status};
+use crate::{compose, init, prune, publish, refresh, rotate, serve, status};
 
 const NAME: &str = "offshoot-fleet";
 
@@ -73,6 +73,15 @@ enum Verb {
         /// Which of the role's keys, by its id or the name of its file, if it has more than one.
         #[arg(long)]
         key: Option<String>,
+    },
+    /// Remove former releases, and the files that only they need.
+    ///
+    /// Devices that run a removed release still update, if a release that stays has a delta from it or from nothing. The OSTree
+    /// repository is left as it is: `ostree prune` is for that.
+    Prune {
+        /// How many releases of each channel and hardware stay.
+        #[arg(long)]
+        keep: usize,
     },
     /// Tell what is published, until when devices believe it, and what to do about it.
     ///
@@ -274,6 +283,11 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 )
             })
         }
+        Verb::Prune { keep } => {
+            let summary = prune::prune(&Fleet::open(directory)?, *keep, now)?;
+            warn(&summary.warnings);
+            say(json, &summary, || pruned(&summary))
+        }
         Verb::Status { check } => {
             let status = status::status(&Fleet::open(directory)?, now)?;
             say(json, &status, || status.to_string().trim_end().to_owned())?;
@@ -425,6 +439,17 @@ fn refreshed(summary: &refresh::Summary) -> String {
         )
     });
     lines.collect::<Vec<_>>().join("\n")
+}
+
+fn pruned(summary: &prune::Summary) -> String {
+    let releases = summary.releases.iter().map(|gone| {
+        format!(
+            "{} of {} for {}\n",
+            gone.version, gone.channel, gone.hardware
+        )
+    });
+    let releases: String = releases.collect();
+    format!("{releases}{} files, {} bytes", summary.files, summary.bytes)
 }
 
 fn warn(warnings: &[String]) {

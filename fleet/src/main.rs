@@ -4,7 +4,7 @@
 //! - [`compose`]: from a root file system to an OSTree commit.
 //! - [`publish`]: from a commit to a release; [`delta`]: what devices download of it; [`writer`]: how files get into `public/`.
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
-//!   [`rotate`] replaces keys, [`status`] tells.
+//!   [`rotate`] replaces keys, [`prune`] removes former releases, [`status`] tells.
 //! - [`serve`]: `public/` over HTTPS, for a bench.
 
 #[cfg(test)]
@@ -18,6 +18,7 @@ mod device;
 mod directory;
 mod init;
 mod keys;
+mod prune;
 mod publication;
 mod publish;
 mod refresh;

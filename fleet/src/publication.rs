@@ -130,10 +130,14 @@ impl Publication {
     fn verify(root: Verified<Root>, floors: &Floors, files: Files, at: Time) -> Result<Self> {
         let current = verify::current_root(root.clone(), at)?;
         let timestamp = verify::accept_timestamp(&current, floors, &files.timestamp)?;
+        verify::snapshot_limit(&timestamp)?;
         let snapshot = verify::accept_snapshot(&current, &timestamp, floors, &files.snapshot)?;
+        verify::targets_limit(&snapshot, "targets")?;
         let targets = verify::accept_targets(&current, &snapshot, &files.targets)?;
         let mut channels = BTreeMap::new();
         for (name, bytes) in &files.channels {
+            // `offshoot-fleet prune` makes a channel smaller.
+            verify::targets_limit(&snapshot, name.as_str())?;
             let channel = verify::accept_channel(&current, &snapshot, &targets, name, bytes)?;
             let document: Targets = parse(name.as_str(), bytes)?;
             for release in releases(name, &document)? {

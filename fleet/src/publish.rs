@@ -3,7 +3,7 @@
 //! Content first (deltas, the commit object, the manifest), then the metadata that names it, `timestamp.json` last. A cut anywhere before
 //! leaves the former publication as it was; the same command again completes it, and does not make finished deltas again.
 //!
-//! Does not remove what former releases left: a device may be half-way through one.
+//! Does not remove what former releases left: a device may be half-way through one, and [`crate::prune`] does when it is told to.
 
 use std::path::Path;
 
@@ -13,6 +13,7 @@ use offshoot::commit::{Commit, Sha256};
 use offshoot::trust::schema::{
     Custom, Delta, Digested, FORMAT, HardwareId, Manifest, ReleaseVersion, RoleName, TargetFile,
 };
+use offshoot::trust::verify::MANIFEST_LIMIT;
 use ostree::gio::{self, Cancellable};
 use ostree::{ObjectType, Repo, RepoCommitState, glib};
 use serde::Serialize;
@@ -145,6 +146,11 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         deltas,
     };
     let bytes = manifest.to_bytes()?;
+    ensure!(
+        bytes.len() as u64 <= MANIFEST_LIMIT,
+        "the manifest has {} bytes, and devices read {MANIFEST_LIMIT}: publish with fewer --deltas",
+        bytes.len()
+    );
     let digested = Digested {
         length: bytes.len() as u64,
         sha256: Sha256::of(&bytes),

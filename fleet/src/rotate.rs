@@ -138,7 +138,7 @@ mod tests {
 
     use super::*;
     use crate::bench::{Bench, copy, now, request, seen};
-    use crate::publish::publish;
+    use crate::publish::{Request, publish};
 
     const ROLES: [&str; 5] = ["root", "timestamp", "snapshot", "targets", "stable"];
 
@@ -196,7 +196,12 @@ mod tests {
                 }
                 // What is published then is signed by the new key alone.
                 fs::remove_file(fleet.keys().path(&name)).unwrap();
-                publish(&fleet, &request("1.1.0"), now(6)).unwrap();
+                let bare = Request {
+                    deltas: Some(0),
+                    full: false,
+                    ..request("1.1.0")
+                };
+                publish(&fleet, &bare, now(6)).unwrap();
                 for device in &mut devices {
                     assert_eq!(
                         seen(device, &public, now(7)).unwrap(),

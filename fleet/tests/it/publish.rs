@@ -369,3 +369,43 @@ fn a_setting_that_is_wrong_is_named() {
     fs::remove_file(&path).unwrap();
     bench.fails(&["status"], 1);
 }
+
+#[test]
+fn keys_are_replaced_and_former_releases_removed_as_the_operator_says() {
+    let bench = Bench::new();
+    for version in ["1.0.0", "1.1.0"] {
+        bench.compose(version, 9);
+        bench.publish("stable", version, &["--full"]);
+    }
+    let mut device = bench.device();
+    device.poll(&bench.public(), Time::now()).unwrap();
+    bench.fails(&["rotate", "nightly"], 1);
+    let rotated = bench.run(&["rotate", "timestamp", "--key=timestamp"]);
+    assert!(
+        rotated["key"]
+            .as_str()
+            .unwrap()
+            .ends_with("keys/timestamp-2.pem")
+    );
+    fs::remove_file(bench.path("fleet/keys/timestamp.pem")).unwrap();
+    bench.fails(&["prune"], 2);
+    let pruned = bench.run(&["prune", "--keep=1"]);
+    assert_eq!(pruned["releases"][0]["version"], "1.0.0");
+    assert!(pruned["files"].as_u64().unwrap() > 0 && pruned["bytes"].as_u64().unwrap() > 0);
+    let release = device
+        .poll(&bench.public(), Time::now())
+        .unwrap()
+        .found
+        .unwrap();
+    assert_eq!(checked(&bench.public(), &release), "1.1.0");
+    assert_eq!(device.root(), 2);
+    let status = bench.run(&["status"]);
+    assert_eq!(kinds(&status), Vec::<&str>::new());
+    let timestamp = &status["roles"][1];
+    assert_eq!(
+        (&timestamp["role"], &timestamp["keys"][0]["file"]),
+        (&json!("timestamp"), &json!("timestamp-2"))
+    );
+    let releases = &status["channels"]["stable"]["qemu-x86_64"];
+    assert_eq!(releases.as_array().unwrap().len(), 1);
+}
