@@ -310,9 +310,10 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 log: options.log.clone(),
             };
             serve::serve(&Fleet::open(directory)?, &serving, |ready| {
+                let url = ready["url"].as_str().unwrap_or_default();
                 let text = || match ready["ca"].as_str() {
-                    Some(ca) => format!("serving {} to devices that trust {ca}", ready["url"]),
-                    None => format!("serving {} without TLS", ready["url"]),
+                    Some(ca) => format!("serving {url} to devices that trust {ca}"),
+                    None => format!("serving {url} without TLS"),
                 };
                 // Nobody reads it: the server serves all the same.
                 drop(say(json, ready, text));
