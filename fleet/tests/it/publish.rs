@@ -109,12 +109,12 @@ fn keys_are_the_operators_and_what_is_public_is_everybodys() {
     let bench = Bench::empty();
     let program = env!("CARGO_BIN_EXE_offshoot-fleet");
     let script = format!("umask 077 && {program} --fleet fleet init --hardware=qemu-x86_64");
-    let status = std::process::Command::new("sh")
+    let output = std::process::Command::new("sh")
         .args(["-c", &script])
         .current_dir(bench.path(""))
-        .status()
+        .output()
         .unwrap();
-    assert!(status.success());
+    assert!(output.status.success(), "{output:?}");
     let mode = |path: &str| fs::metadata(bench.path(path)).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode("fleet/keys"), 0o700);
     for (path, ..) in files(&bench.path("fleet/keys")) {
