@@ -7,6 +7,7 @@ CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
 help:
 	@echo 'make test         all tests, the machines in QEMU included'
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
+	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'
 	@echo 'make shell        a root shell on such a machine'
 	@echo 'make setup        install what the others need (Debian bookworm or trixie, as root; they call it)'
 	@echo 'make clean-cache  forget the OS images built so far'
@@ -24,10 +25,13 @@ test: binaries
 conformance: setup
 	agent/tests/tuf/conformance.sh "$(SUITE)"
 
+fuzz: setup
+	fuzz/run.sh
+
 shell: binaries
 	cargo run --locked --quiet --package qemu-tests -- shell
 
 clean-cache:
 	rm -rf "$(CACHE)"
 
-.PHONY: help setup binaries test conformance shell clean-cache
+.PHONY: help setup binaries test conformance fuzz shell clean-cache

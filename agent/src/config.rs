@@ -284,32 +284,41 @@ impl Config {
             root.join("usr/lib/offshoot/config.toml"),
             root.join("etc/offshoot/config.toml"),
         ];
-        let mut merged = toml::Table::new();
+        let mut texts = Vec::new();
         for path in &files {
-            let text = match fs::read_to_string(path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            match fs::read_to_string(path) {
+                Ok(text) => texts.push((path.display().to_string(), text)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
                     return Err(error).with_context(|| format!("reading {}", path.display()));
                 }
-            };
-            let table = text
-                .parse::<toml::Table>()
-                .with_context(|| format!("reading {}", path.display()))?;
-            overlay(&mut merged, table);
+            }
         }
         let [image, operator] = files.map(|path| path.display().to_string());
-        if merged.is_empty() {
+        if texts.is_empty() {
             bail!(
                 "there is no configuration: write {operator} (or ship {image}) with [server] url and [device] hardware, channel"
             );
         }
+        Self::parse(&texts)
+    }
+
+    /// Texts, each with the name of its file; a later one overrides the one before, key by key.
+    pub fn parse(texts: &[(String, String)]) -> Result<Self> {
+        let mut merged = toml::Table::new();
+        for (file, text) in texts {
+            let table = text
+                .parse::<toml::Table>()
+                .with_context(|| format!("reading {file}"))?;
+            overlay(&mut merged, table);
+        }
+        let files: Vec<_> = texts.iter().map(|(file, _)| file.as_str()).collect();
         let config: Self = merged
             .try_into()
-            .with_context(|| format!("reading {image} and {operator}"))?;
+            .with_context(|| format!("reading {}", files.join(" and ")))?;
         config
             .check()
-            .with_context(|| format!("in {image} or {operator}"))?;
+            .with_context(|| format!("in {}", files.join(" or ")))?;
         Ok(config)
     }
 

@@ -216,7 +216,8 @@ fn encode(generation: u64, record: &Record) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn decode(bytes: &[u8]) -> Option<(u64, Record)> {
+/// A copy's generation and the record in it, if it verifies.
+pub fn decode(bytes: &[u8]) -> Option<(u64, Record)> {
     let end = bytes.iter().position(|byte| *byte == b'\n')?;
     let header = std::str::from_utf8(&bytes[..end]).ok()?;
     let json = &bytes[end + 1..];

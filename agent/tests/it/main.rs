@@ -14,6 +14,7 @@ mod cli;
 mod delta;
 mod deployer;
 mod fetch;
+mod fuzz;
 mod health;
 mod machine;
 mod network;

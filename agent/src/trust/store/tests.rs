@@ -410,11 +410,11 @@ fn the_floors_file_has_one_form() {
         root: 1,
         timestamp: 2,
         snapshot: 3,
-        roles: BTreeMap::from([("stable.json".into(), 4)]),
+        roles: BTreeMap::from([("\n\".json".into(), 5), ("stable.json".into(), 4)]),
         clock: Some(at("2026-01-31T00:00:00Z")),
         keys: BTreeSet::from(["timestamp ed25519 00".into()]),
     };
-    let body = r#"{"clock":"2026-01-31T00:00:00Z","format":1,"keys":["timestamp ed25519 00"],"roles":{"stable.json":4},"root":1,"snapshot":3,"timestamp":2}"#;
+    let body = r#"{"format":1,"root":1,"timestamp":2,"snapshot":3,"roles":{"\n\".json":5,"stable.json":4},"clock":"2026-01-31T00:00:00Z","keys":["timestamp ed25519 00"]}"#;
     let file = format!("{}\n{body}", Sha256::of(body.as_bytes()));
     assert_eq!(
         String::from_utf8(floors_bytes(&floors).unwrap()).unwrap(),

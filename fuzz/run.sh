@@ -1,0 +1,26 @@
+#!/bin/bash
+# Fuzzes each parser for FUZZ_SECONDS (600 by default), or those that are named: `fuzz/run.sh [target…]`.
+#
+# What is found is in fuzz/artifacts, and the script fails; new inputs that reach more code are kept in the cache, beside
+# which fuzz/corpus stays small. Needs a C++ compiler, and cargo-fuzz, which it installs into the cache.
+set -euo pipefail
+
+cd "$(dirname "$0")"
+cache=${OFFSHOOT_CACHE:-$HOME/.cache/offshoot}
+command -v c++ > /dev/null || { echo "no C++ compiler for libFuzzer: run \`apt-get install g++\`" >&2; exit 2; }
+version=0.13.2
+cargo install --quiet --locked --version "=$version" --root "$cache/cargo-fuzz" cargo-fuzz
+export PATH=$cache/cargo-fuzz/bin:$PATH
+# cargo-fuzz asks the compiler for what only a nightly one grants without being told. No sanitizer: there is no unsafe code to watch.
+export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$cache/fuzz/target
+
+targets=("$@")
+[[ ${#targets[@]} != 0 ]] || mapfile -t targets < <(cargo fuzz list)
+for target in "${targets[@]}"; do
+    grown=$cache/fuzz/corpus/$target
+    mkdir --parents "$grown"
+    echo "== $target: ${FUZZ_SECONDS:-600} s"
+    # The first directory is where new inputs go.
+    cargo fuzz run --sanitizer none "$target" "$grown" "corpus/$target" -- \
+        -max_total_time="${FUZZ_SECONDS:-600}" -timeout=10 -rss_limit_mb=1024 -max_len=8192 -print_final_stats=1
+done
