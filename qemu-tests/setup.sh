@@ -19,6 +19,10 @@ packages=(
     grub-common grub-efi-amd64-bin dosfstools mtools e2fsprogs fdisk attr libcap2-bin
     # The machine: its firmware, its disk overlays.
     ovmf qemu-utils util-linux
+    # U-Boot, built from source, and the tools that share its environment.
+    gcc-aarch64-linux-gnu libc6-dev-arm64-cross bison flex bc libssl-dev u-boot-tools libubootenv-tool
+    # The device's programs for arm64 (agent/cross-arm64), and starting them.
+    qemu-user-static
     # A web server that is not ours.
     nginx-light openssl
     # A TUF implementation that is not ours.
@@ -32,9 +36,16 @@ is_installed() {
 }
 
 qemu_is_new_enough() {
-    local version
-    version=$(dpkg-query --show --showformat='${Version}' qemu-system-x86 2>/dev/null) || return 1
-    dpkg --compare-versions "$version" ge "1:$qemu_at_least"
+    local package version
+    for package in qemu-system-x86 qemu-system-arm; do
+        version=$(dpkg-query --show --showformat='${Version}' "$package" 2>/dev/null) || return 1
+        dpkg --compare-versions "$version" ge "1:$qemu_at_least" || return 1
+    done
+}
+
+# qemu-tests/uboot/fetch takes it from there.
+apt_knows_uboot() {
+    apt-cache showsrc u-boot 2>/dev/null | grep '^Version: 2025\.01-' >/dev/null
 }
 
 # The compiler that the workspace asks for (`rust-version` in Cargo.toml), or a newer one.
@@ -64,12 +75,12 @@ for package in "${packages[@]}"; do
 done
 rust=()
 rust_is_new_enough || rust=(cargo-web rustc-web)
-if [[ ${#missing[@]} == 0 && ${#rust[@]} == 0 ]] && qemu_is_new_enough; then
+if [[ ${#missing[@]} == 0 && ${#rust[@]} == 0 ]] && qemu_is_new_enough && apt_knows_uboot; then
     install_python_tuf
     exit 0
 fi
 if [[ $(id --user) != 0 ]]; then
-    echo "setup.sh must be root to install: ${missing[*]} ${rust[*]} qemu-system-x86 (>= $qemu_at_least)" >&2
+    echo "setup.sh must be root to install: ${missing[*]} ${rust[*]} qemu-system-x86 qemu-system-arm (>= $qemu_at_least)" >&2
     exit 1
 fi
 
@@ -79,6 +90,17 @@ if [[ $suite == bookworm ]] && ! qemu_is_new_enough &&
 Types: deb
 URIs: http://deb.debian.org/debian
 Suites: bookworm-backports
+Components: main
+Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
+EOF
+fi
+
+# Only its sources: no package of trixie's gets onto bookworm.
+if ! apt_knows_uboot && [[ ! -e /etc/apt/sources.list.d/offshoot-uboot.sources ]]; then
+    cat > /etc/apt/sources.list.d/offshoot-uboot.sources <<'EOF'
+Types: deb-src
+URIs: http://deb.debian.org/debian
+Suites: trixie
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 EOF
@@ -101,15 +123,16 @@ if [[ ${#missing[@]} != 0 ]]; then
 fi
 if ! qemu_is_new_enough; then
     if [[ $suite == bookworm ]]; then
-        install --target-release bookworm-backports qemu-system-x86
+        install --target-release bookworm-backports qemu-system-x86 qemu-system-arm
     else
-        install qemu-system-x86
+        install qemu-system-x86 qemu-system-arm
     fi
 fi
 if [[ ${#rust[@]} != 0 ]]; then
     # Debian's own compiler for its browsers: newer than the suite's, kept up by its security team.
     install "${rust[@]}"
 fi
+apt_knows_uboot || { echo "apt has no source of U-Boot 2025.01" >&2; exit 1; }
 qemu_is_new_enough || { echo "QEMU $qemu_at_least or newer is not to be had from apt" >&2; exit 1; }
 rust_is_new_enough || { echo "a Rust as new as Cargo.toml asks for is not to be had from apt" >&2; exit 1; }
 install_python_tuf

@@ -3,6 +3,7 @@
 //! - [`os`]: the base OS, a Debian described by the files in `qemu-tests/os/`.
 //! - [`release`]: one release of it, good or bad in a chosen way.
 //! - [`image`]: the disk of a device, as the factory delivers it.
+//! - [`uboot`]: a real U-Boot, alone.
 //! - [`vm`]: a machine with that disk: watched, asked, reset, and cut off from its power.
 //! - [`cache`]: what is kept between runs; [`host`]: the build host's tools.
 
@@ -11,4 +12,5 @@ pub mod host;
 pub mod image;
 pub mod os;
 pub mod release;
+pub mod uboot;
 pub mod vm;

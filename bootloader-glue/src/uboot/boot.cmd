@@ -134,7 +134,6 @@ for offshoot_entry in ${offshoot_entries}; do
     offshoot_ramdisk="${ramdisk_image2}"
     offshoot_fdt="${fdt_file2}"
     offshoot_fdtdir="${fdtdir2}"
-    setenv bootargs "${bootargs2}"
     if test -z "${offshoot_arguments}"; then offshoot_arguments="offshoot.fallback=unloadable"; fi
   fi
   if test -z "${offshoot_fdt}" && test -n "${offshoot_fdtdir}" && test -n "${offshoot_board}"; then
@@ -159,8 +158,17 @@ for offshoot_entry in ${offshoot_entries}; do
     fi
   fi
   if test -n "${offshoot_loaded}"; then
-    # Without its arguments a kernel is not started: what boots would not be what userspace is told.
-    if setenv bootargs "${bootargs} ${offshoot_arguments} offshoot.counts=${offshoot_counts}"; then
+    # Without its arguments a kernel is not started: what boots would not be what userspace is told. hush cannot quote a single quote, and
+    # then silently sets nothing.
+    setenv offshoot_line
+    if test ${offshoot_entry} = 1; then
+      setenv offshoot_line "${bootargs2} ${offshoot_arguments} offshoot.counts=${offshoot_counts}"
+      setenv bootargs "${bootargs2} ${offshoot_arguments} offshoot.counts=${offshoot_counts}"
+    else
+      setenv offshoot_line "${bootargs} ${offshoot_arguments} offshoot.counts=${offshoot_counts}"
+      setenv bootargs "${bootargs} ${offshoot_arguments} offshoot.counts=${offshoot_counts}"
+    fi
+    if printenv offshoot_line; then
       ${offshoot_boot} ${kernel_addr_r} ${offshoot_initrd} ${offshoot_tree}
     fi
   fi
