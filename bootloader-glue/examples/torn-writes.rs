@@ -30,7 +30,7 @@ const SECTOR: usize = 512;
 fn variables() -> Variables {
     let mut variables =
         Variables::from_text("altbootcmd=run bootcmd\nbootcmd=run offshoot_start\n");
-    for n in 0..60 {
+    for n in 0..61 {
         variables.set(
             &format!("scan_dev_for_{n}"),
             "if test -e ${devtype} ${devnum}; then run x; fi",
@@ -334,7 +334,8 @@ fn environment(variables: &Option<Variables>) -> bool {
         .is_some_and(|variables| counter(variables).is_some())
 }
 
-/// The states between the writes of a verb of ours: a damaged copy is made whole first, with the lower flag.
+/// The states between the writes of a verb of ours: a damaged copy is made whole first, with the lower flag, and its head is zeroed
+/// before that.
 fn steps(before: &Bytes, after: &Bytes) -> Vec<Bytes> {
     let mut changed: Vec<usize> = (0..before.len())
         .filter(|copy| before[*copy] != after[*copy])
@@ -345,12 +346,20 @@ fn steps(before: &Bytes, after: &Bytes) -> Vec<Bytes> {
             changed.reverse();
         }
     }
+    let layout = layout(before.len());
+    let mut states = Vec::new();
     let mut state = before.clone();
-    let step = |copy: usize| {
+    for copy in changed {
+        if let Some(bytes) = &mut state[copy]
+            && layout.decode(bytes).is_none()
+        {
+            bytes[..SECTOR].fill(0);
+            states.push(state.clone());
+        }
         state[copy].clone_from(&after[copy]);
-        state.clone()
-    };
-    changed.into_iter().map(step).collect()
+        states.push(state.clone());
+    }
+    states
 }
 
 fn torn_sectors(before: &[u8], after: &[u8], random: &mut Random) -> Vec<u8> {

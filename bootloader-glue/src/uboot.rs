@@ -11,7 +11,7 @@
 //!
 //! Every write, U-Boot's too, replaces the older copy of a redundant environment with all variables in it; they keep their bytes and
 //! their order. A power cut leaves the former environment (the write did not happen, or left an invalid copy beside the one that was
-//! read) or the new one. A single environment has no such copy: a cut write leaves none, U-Boot goes on with its defaults, the
+//! read) or the new one, however many cuts follow each other. A single environment has no such copy: a cut write leaves none, U-Boot goes on with its defaults, the
 //! script finds no mark and boots entry 1, and the variables that only this device had are gone. No trial is armed on one unless the
 //! configuration accepts that.
 //!
@@ -196,6 +196,9 @@ pub struct Copies {
 pub struct Write {
     /// The copy to write over.
     pub copy: usize,
+    /// It is damaged, perhaps by a write that was cut. What both writes have in common could complete the first one if this one is cut
+    /// too, so the head of the copy, with the CRC, is zeroed before.
+    pub wipe: bool,
     pub bytes: Vec<u8>,
     /// The copy whose flag is cleared afterwards. Only with [`Flags::Boolean`].
     pub obsolete: Option<usize>,
@@ -249,6 +252,7 @@ impl Copies {
         let obsolete = newer.filter(|_| self.layout.redundant && self.flags == Flags::Boolean);
         Ok(Write {
             copy,
+            wipe: self.valid[copy].is_none(),
             bytes,
             obsolete,
         })
@@ -327,6 +331,9 @@ impl Held {
                 too_big,
             })?;
         let store = &self.stores[write.copy];
+        if write.wipe {
+            store.wipe()?;
+        }
         store.write(&write.bytes)?;
         if store.read()?.as_ref() != Some(&write.bytes) {
             return Err(Error::NotReadBack {

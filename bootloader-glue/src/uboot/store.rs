@@ -17,6 +17,9 @@ use super::mtd::{Flash, Region};
 use super::places::Place;
 use crate::Error;
 
+/// What a disk writes whole or not at all.
+pub(super) const SECTOR: usize = 512;
+
 /// A copy's place on this device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Store {
@@ -140,6 +143,18 @@ impl Store {
             Kind::File => self.overwrite(bytes),
         };
         written.map_err(|error| Error::io("writing", &self.path, &error))
+    }
+
+    /// Zeroes the first sector of a copy, so that whatever else of it is written it cannot be valid. Flash is erased anyhow.
+    pub(super) fn wipe(&self) -> Result<(), Error> {
+        let head = vec![0; self.size.min(SECTOR)];
+        let wiped = match &self.kind {
+            Kind::Flash(_) => return Ok(()),
+            Kind::File if !self.is_whole() => return Ok(()),
+            Kind::Block { force_ro } => unprotected(force_ro.as_deref(), || self.overwrite(&head)),
+            Kind::File => self.overwrite(&head),
+        };
+        wiped.map_err(|error| Error::io("writing", &self.path, &error))
     }
 
     /// NOR only: the copy gives way to one that was written before this call.

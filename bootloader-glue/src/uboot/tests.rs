@@ -523,6 +523,48 @@ proptest! {
     }
 
     #[test]
+    fn a_second_cut_does_not_complete_what_the_first_one_left(
+        former in any_counter(), aborted in any_counter(), new in any_counter(), filler in 0..600usize,
+        first: u8, second: u8, wiped: bool,
+    ) {
+        let with = |counter| {
+            let mut variables = Variables::from_text(OTHERS);
+            variables.set("filler", &"x".repeat(filler));
+            put(&mut variables, counter, Count::Script);
+            variables
+        };
+        let copies_of = |bytes: &[Option<Vec<u8>>]| Copies::new(layout(true), Flags::Incremental, bytes);
+        // Which pieces of a write have reached the medium.
+        let tear = |before: &[u8], after: &[u8], pieces: u8| {
+            let piece = SIZE / 8;
+            (0..8).flat_map(|n| {
+                let from = if pieces & (1 << n) == 0 { before } else { after };
+                from[n * piece..][..piece].to_vec()
+            }).collect::<Vec<u8>>()
+        };
+        let mut other = Variables::from_text("filler=y\n");
+        put(&mut other, aborted, Count::Script);
+        let mut bytes = [Some(layout(true).encode(&other, 0).unwrap()), Some(layout(true).encode(&with(former), 1).unwrap())];
+        let write = copies_of(&bytes).write(&with(aborted)).unwrap();
+        bytes[0] = Some(tear(bytes[0].as_ref().unwrap(), &write.bytes, first));
+        if copies_of(&bytes).newer() == Some(1) {
+            let write = copies_of(&bytes).write(&with(new)).unwrap();
+            let mut target = bytes[0].take().unwrap();
+            if write.wipe {
+                target[..store::SECTOR].fill(0);
+            }
+            if !write.wipe || wiped {
+                target = tear(&target, &write.bytes, second);
+            }
+            bytes[0] = Some(target);
+            match copies_of(&bytes).environment() {
+                Environment::Valid { counter, .. } => prop_assert!(counter == former || counter == new),
+                other => prop_assert!(false, "{:?}", other),
+            }
+        }
+    }
+
+    #[test]
     fn a_whole_write_is_what_is_read(former in any_counter(), new in any_counter(), flags: [u8; 2], boolean: bool, damaged in proptest::option::of(0..2usize)) {
         let scheme = if boolean { Flags::Boolean } else { Flags::Incremental };
         let variables = fresh(Variables::from_text(OTHERS), 3, Count::Script);
