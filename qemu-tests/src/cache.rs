@@ -70,6 +70,15 @@ impl Cache {
         Ok(entry)
     }
 
+    /// A temporary directory in the cache's file system, so that it can share the files of entries.
+    pub fn scratch(&self) -> Result<tempfile::TempDir> {
+        let directory = tempfile::Builder::new()
+            .prefix(".scratch-")
+            .tempdir_in(&self.root)?;
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+        Ok(directory)
+    }
+
     fn forget_all_but_the_latest(&self, name: &str) -> Result<()> {
         let prefix = format!("{name}-");
         let mut entries = Vec::new();

@@ -2,6 +2,7 @@
 //!
 //! Owns how a tool's failure is told: its argv, its exit status and the end of what it printed.
 
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -32,6 +33,19 @@ macro_rules! run {
     ($program:expr $(, $argument:expr)* $(,)?) => {
         $crate::host::run(std::process::Command::new($program)$(.arg($argument))*)
     };
+}
+
+/// One of this workspace's own programs, built for release as a device has it.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let target = match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(target) => workspace.join(target),
+        None => workspace.join("target"),
+    };
+    let program = target.join("release").join(name);
+    program
+        .canonicalize()
+        .with_context(|| format!("finding {}: `make binaries` builds it", program.display()))
 }
 
 /// Does `work` and tells how long it took.

@@ -5,16 +5,19 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
+use bootloader_glue::config::{ESP_CFG, GRUB_MODULES};
+use bootloader_glue::grub;
 use offshoot::commit::Commit;
 
 use crate::cache::{Cache, Ingredients};
-use crate::release::{self, Release};
-use crate::{host, run};
+use crate::fleet::Fleet;
+use crate::release::Release;
+use crate::{host, os, run};
 
 /// The OSTree stateroot: the name that deployments of this OS share, and with it one `/var`.
 pub const STATEROOT: &str = "offshoot";
@@ -47,34 +50,11 @@ const ROOT: Partition = Partition {
 // The backup partition table follows the last partition.
 const DISK_SIZE: u64 = ROOT.start + ROOT.size + MIB;
 
-/// GRUB's modules for the boot script: FAT and ext4, environment, serial console.
-const GRUB_MODULES: &[&str] = &[
-    "configfile",
-    "echo",
-    "ext2",
-    "fat",
-    "halt",
-    "linux",
-    "loadenv",
-    "normal",
-    "part_gpt",
-    "reboot",
-    "search",
-    "search_label",
-    "serial",
-    "sleep",
-    "terminal",
-    "test",
-];
-
-/// What GRUB knows at first: where to look for the rest.
-const GRUB_STUB: &str = "\
+/// This machine has no screen: the integrator's part of GRUB's configuration, before Offshoot's.
+const GRUB_TERMINAL: &str = "\
 serial --unit=0 --speed=115200
 terminal_input serial
 terminal_output serial
-search --no-floppy --label boot --set=root
-set prefix=($root)/grub2
-configfile ($root)/grub2/grub.cfg
 ";
 
 /// The kernel's arguments besides `ostree=`, which libostree sets.
@@ -88,43 +68,60 @@ const KERNEL_ARGUMENTS: &[&str] = &[
     "lsm=capability",
 ];
 
-/// A disk that is never written to: machines run on overlays of it.
+/// A device as the factory delivers it, and the fleet that it belongs to.
 #[derive(Clone, Debug)]
 pub struct Image {
+    /// Never written to: machines run on overlays of it.
     pub disk: PathBuf,
-    /// What it boots.
+    /// What it boots: release [`FIRST`].
     pub commit: Commit,
+    /// The operator's directory, with that release published. Never written to: [`Fleet::copy`].
+    pub fleet: PathBuf,
 }
 
-/// The image of a device as the factory delivers it, with `release` installed.
-pub fn image(cache: &Cache, release: &Release) -> Result<Image> {
-    let base = release::base_repository(cache)?;
-    let ingredients = Ingredients::default()
+/// The release that devices leave the factory with.
+pub const FIRST: &str = "1.0.0";
+
+pub fn factory(cache: &Cache) -> Result<Image> {
+    let base = os::base_tree(cache)?;
+    let release = Release::good(FIRST);
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut ingredients = Ingredients::default()
         .text(&base.to_string_lossy())
-        .text(&format!("{release:?}"))
-        .text(include_str!("image.rs"))
-        .text(include_str!("release.rs"));
+        .path(&manifest.join("../agent/units"))?
+        .path(&manifest.join("../agent/health"))?;
+    for source in ["fleet.rs", "image.rs", "release.rs"] {
+        ingredients = ingredients.path(&manifest.join("src").join(source))?;
+    }
+    for program in [
+        "offshoot",
+        "offshoot-deployer",
+        "ostree-grub-generator",
+        "offshoot-fleet",
+    ] {
+        ingredients = ingredients.path(&host::program(program)?)?;
+    }
     let entry = cache.entry("image", ingredients, |entry| {
-        host::timed("making the disk image", || {
-            build(cache, &base, release, entry)
+        host::timed("making the factory's image", || {
+            build(cache, &release, entry)
         })
     })?;
     Ok(Image {
         disk: entry.join("disk.img"),
         commit: fs::read_to_string(entry.join("commit"))?.parse()?,
+        fleet: entry.join("fleet"),
     })
 }
 
-fn build(cache: &Cache, base: &Path, release: &Release, entry: &Path) -> Result<()> {
+fn build(cache: &Cache, release: &Release, entry: &Path) -> Result<()> {
     let work = tempfile::tempdir_in(entry)?;
-    let repository = work.path().join("repo");
-    release::copy_repository(base, &repository)?;
-    let commit = host::timed("  committing the release", || {
-        release::commit(cache, &repository, release)
+    let fleet = Fleet::init(&entry.join("fleet"))?;
+    let commit = host::timed("  composing and publishing the release", || {
+        fleet.publish(cache, release)
     })?;
     let sysroot = work.path().join("sysroot");
     host::timed("  deploying it", || {
-        deploy(work.path(), &repository, commit, &sysroot)
+        deploy(&fleet.repository(), commit, &sysroot)
     })?;
     // The boot file system is one of its own; in the root file system only its mount point stays.
     let boot = work.path().join("boot");
@@ -142,11 +139,8 @@ fn build(cache: &Cache, base: &Path, release: &Release, entry: &Path) -> Result<
     Ok(())
 }
 
-fn deploy(work: &Path, repository: &Path, commit: Commit, sysroot: &Path) -> Result<()> {
+fn deploy(repository: &Path, commit: Commit, sysroot: &Path) -> Result<()> {
     fs::create_dir(sysroot)?;
-    let generator = work.join("generator");
-    fs::write(&generator, STAND_IN_GENERATOR)?;
-    fs::set_permissions(&generator, fs::Permissions::from_mode(0o755))?;
     let own = sysroot.join("ostree/repo");
     let admin = format!("--sysroot={}", sysroot.display());
     run!("ostree", "admin", "init-fs", "--modern", sysroot)?;
@@ -178,7 +172,9 @@ fn deploy(work: &Path, repository: &Path, commit: Commit, sysroot: &Path) -> Res
     host::run(
         deploy
             .arg(commit.to_string())
-            .env("OSTREE_GRUB2_EXEC", &generator),
+            .env("OSTREE_GRUB2_EXEC", host::program("ostree-grub-generator")?)
+            // Here /boot is a directory; on the device it is a file system of its own.
+            .env("OFFSHOOT_GRUB_BOOT_PREFIX", ""),
     )?;
     // libostree makes the deployment's top directory immutable; this copy of it is to be removed.
     run!(
@@ -210,16 +206,20 @@ fn partition(disk: &Path) -> Result<()> {
 }
 
 fn make_esp(disk: &Path, work: &Path) -> Result<()> {
-    let stub = work.join("stub.cfg");
-    fs::write(&stub, GRUB_STUB)?;
-    let grub = work.join("BOOTX64.EFI");
+    let esp = work.join("esp");
+    let grub = esp.join("EFI/BOOT");
+    fs::create_dir_all(&grub)?;
+    fs::write(grub.join("grub.cfg"), format!("{GRUB_TERMINAL}{ESP_CFG}"))?;
     host::run(
         Command::new("grub-mkimage")
-            .args(["--format=x86_64-efi", "--prefix=/grub2"])
-            .arg(format!("--config={}", stub.display()))
-            .arg(format!("--output={}", grub.display()))
+            .args(["--format=x86_64-efi", "--prefix=/EFI/BOOT"])
+            .arg(format!("--output={}", grub.join("BOOTX64.EFI").display()))
             .args(GRUB_MODULES),
     )?;
+    fs::create_dir(esp.join("offshoot"))?;
+    for (n, copy) in grub::fresh(3).iter().enumerate() {
+        fs::write(esp.join(format!("offshoot/env.{n}")), copy)?;
+    }
     run!(
         "mkfs.vfat",
         "-F32",
@@ -233,8 +233,15 @@ fn make_esp(disk: &Path, work: &Path) -> Result<()> {
         (ESP.size / 1024).to_string()
     )?;
     let partition = format!("{}@@{}", disk.display(), ESP.start);
-    run!("mmd", "-i", &partition, "::EFI", "::EFI/BOOT", "::offshoot")?;
-    run!("mcopy", "-i", &partition, grub, "::EFI/BOOT/BOOTX64.EFI")?;
+    run!(
+        "mcopy",
+        "-s",
+        "-i",
+        &partition,
+        esp.join("EFI"),
+        esp.join("offshoot"),
+        "::"
+    )?;
     Ok(())
 }
 
@@ -257,14 +264,3 @@ fn make_ext4(disk: &Path, label: &str, partition: &Partition, content: &Path) ->
     )?;
     Ok(())
 }
-
-const STAND_IN_GENERATOR: &str = r#"#!/bin/sh
-set -eu
-entries=$(dirname "$2")/entries
-for entry in $(ls -r "$entries"/*.conf); do
-    field() { sed -n "s/^$1 //p" "$entry"; }
-    echo "linux $(field linux) $(field options)"
-    echo "initrd $(field initrd)"
-    echo boot
-done > "$2"
-"#;

@@ -5,7 +5,6 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use qemu_tests::cache::Cache;
 use qemu_tests::image;
-use qemu_tests::release::Release;
 use qemu_tests::vm::{Options, Vm};
 
 fn main() -> Result<()> {
@@ -13,12 +12,12 @@ fn main() -> Result<()> {
     let cache = Cache::open()?;
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["image"] => {
-            let image = image::image(&cache, &Release::good("1.0.0"))?;
+            let image = image::factory(&cache)?;
             println!("{}", image.disk.display());
             Ok(())
         }
         ["shell"] => {
-            let image = image::image(&cache, &Release::good("1.0.0"))?;
+            let image = image::factory(&cache)?;
             eprintln!("A root shell appears when the machine is up; ctrl-a x leaves it.");
             let options = Options {
                 console: true,

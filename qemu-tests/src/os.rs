@@ -1,6 +1,6 @@
-//! The base OS: Debian, as described by the files in `qemu-tests/os/`, in the shape of an OSTree commit.
+//! The base OS: Debian, as described by the files in `qemu-tests/os/`.
 //!
-//! Owns the recipe's way to a tree of files. The tree is the same for all releases; [`crate::release`] adds what differs.
+//! Owns the recipe's way to a root file system. It is the same for all releases; [`crate::release`] adds what differs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::host;
 
 const SUITE: &str = "trixie";
 
-/// The base tree, owned by root, with `/usr/etc`, `/usr/lib/modules/<version>/{vmlinuz,initramfs.img}` and an empty `/var`.
+/// The base tree, owned by root, with its kernel and initramfs in `/usr/lib/modules/<version>`.
 pub fn base_tree(cache: &Cache) -> Result<PathBuf> {
     let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("os");
     let ingredients = Ingredients::default().text(SUITE).path(&recipe)?;
@@ -62,6 +62,5 @@ fn bootstrap(recipe: &Path, tree: &Path) -> Result<()> {
             // The one initramfs is built by `customize`, when everything that goes into it is there.
             .env("INITRD", "No"),
     )?;
-    host::run(Command::new(recipe.join("layout")).arg(tree))?;
     Ok(())
 }

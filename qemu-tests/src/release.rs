@@ -1,17 +1,14 @@
-//! One release of the test OS: the base tree plus what this release brings, committed to an OSTree repository.
+//! One release of the test OS: the base OS, Offshoot itself, and what this release brings.
 //!
 //! Owns what a good release contains and every way in which a release can be bad. The faults are real: a kernel that
 //! panics, a root that does not mount, a PID 1 that freezes, and so on down to a health check that says no.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use offshoot::commit::Commit;
 
-use crate::cache::{Cache, Ingredients};
 use crate::{host, os, run};
 
 /// What a release does wrong.
@@ -27,17 +24,48 @@ pub enum Fault {
     StartNeverFinishes,
     /// A required health check says no.
     HealthCheckFails,
-    /// The agent is not in the release.
-    NoAgent,
+    /// The daemon does not start, so that this would be the last release the device ever takes.
+    DaemonDoesNotStart,
+    /// Offshoot's programs are not in the release; its deadline, which is systemd's alone, is.
+    NoPrograms,
 }
 
 /// A release to be composed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Release {
-    /// Told by `/usr/lib/bench-release`.
+    /// Told by `/usr/lib/bench/release`.
     pub version: String,
     pub fault: Option<Fault>,
 }
+
+/// A file in every release whose owner, mode and extended attributes are anything but ordinary.
+pub const ODD_FILE: &str = "/usr/lib/bench/odd";
+/// What `stat` and `getfattr` say of it.
+pub const ODD_STAT: &str = "6755 1234:5678";
+pub const ODD_CAPABILITY: &str = "0x0100000200200000000000000000000000000000";
+pub const ODD_ATTRIBUTE: &str = "as composed";
+
+/// The configuration that the image ships. The device's own, in /etc, names the server.
+const CONFIG: &str = "\
+[server]
+url = \"https://updates.invalid/\"
+
+[device]
+hardware = \"qemu-x86_64\"
+channel = \"stable\"
+";
+
+/// Unit, and where systemd looks for who wants it. In /usr, so that a release that drops a unit drops its link, too.
+const UNITS: &[(&str, Option<&str>)] = &[
+    ("offshoot.service", Some("multi-user.target.wants")),
+    (
+        "offshoot-health.service",
+        Some("boot-complete.target.requires"),
+    ),
+    ("offshoot-confirm.service", Some("multi-user.target.wants")),
+    ("offshoot-deadline.timer", Some("sysinit.target.wants")),
+    ("offshoot-deadline.service", None),
+];
 
 impl Release {
     /// A release with nothing wrong.
@@ -56,12 +84,15 @@ impl Release {
         }
     }
 
-    /// Writes what this release adds to `base` into `overlay`, an empty directory.
-    pub fn write_overlay(&self, base: &Path, overlay: &Path) -> Result<()> {
+    /// Writes what this release adds to `base`, a root file system, into `overlay`, an empty directory. Devices with it trust
+    /// the TUF root `root`.
+    pub fn write_overlay(&self, base: &Path, root: &Path, overlay: &Path) -> Result<()> {
         let tree = Overlay(overlay);
-        tree.file("usr/lib/bench-release", &format!("{}\n", self.version))?;
+        tree.offshoot(root, self.fault != Some(Fault::NoPrograms))?;
+        tree.file("usr/lib/bench/release", &format!("{}\n", self.version))?;
+        tree.odd_file(&self.version)?;
         match self.fault {
-            None => Ok(()),
+            None | Some(Fault::NoPrograms) => Ok(()),
             Some(Fault::KernelPanics) => tree.initramfs(base, "init", b"#!/nonexistent\n"),
             Some(Fault::RootDoesNotMount) => tree.initramfs(
                 base,
@@ -78,79 +109,93 @@ impl Release {
                 "usr/lib/offshoot/health/required.d/50-bench",
                 b"#!/bin/sh\necho the bench says no\nexit 1\n",
             ),
-            // Nothing to add: the agent's files are left out where they would be added.
-            Some(Fault::NoAgent) => Ok(()),
+            Some(Fault::DaemonDoesNotStart) => tree.file(
+                "usr/lib/systemd/system/offshoot.service.d/bench.conf",
+                "[Service]\nExecStartPre=/bin/false\n",
+            ),
         }
     }
-}
 
-/// A repository with the base tree under the ref `base`, from which releases are made.
-pub fn base_repository(cache: &Cache) -> Result<PathBuf> {
-    let tree = os::base_tree(cache)?;
-    let key = tree.to_string_lossy().into_owned();
-    let entry = cache.entry("repository", Ingredients::default().text(&key), |entry| {
-        host::timed("committing the base OS", || {
-            let repository = entry.join("repo");
-            run!(
-                "ostree",
-                "init",
-                "--mode=archive",
-                format!("--repo={}", repository.display())
-            )?;
-            run!(
-                "ostree",
-                "commit",
-                format!("--repo={}", repository.display()),
-                "--branch=base",
-                "--no-bindings",
-                "--timestamp=2026-01-01 00:00:00 UTC",
-                format!("--tree=dir={}", tree.display()),
-            )?;
-            Ok(())
-        })
-    })?;
-    Ok(entry.join("repo"))
-}
-
-/// Commits `release` to `repository`, which has the ref `base`, under the ref `release/<version>`.
-pub fn commit(cache: &Cache, repository: &Path, release: &Release) -> Result<Commit> {
-    let base = os::base_tree(cache)?;
-    let overlay = tempfile::tempdir()?;
-    fs::set_permissions(overlay.path(), fs::Permissions::from_mode(0o755))?;
-    release.write_overlay(&base, overlay.path())?;
-    let commit = run!(
-        "ostree",
-        "commit",
-        format!("--repo={}", repository.display()),
-        format!("--branch=release/{}", release.version),
-        "--timestamp=2026-01-01 00:00:00 UTC",
-        "--tree=ref=base",
-        format!("--tree=dir={}", overlay.path().display()),
-        format!("--add-metadata-string=version={}", release.version),
-    )?;
-    Ok(commit.trim().parse()?)
-}
-
-/// A copy of `repository` that shares its objects.
-pub fn copy_repository(repository: &Path, to: &Path) -> Result<()> {
-    host::run(Command::new("cp").arg("-al").arg(repository).arg(to))?;
-    // Only objects are never rewritten in place.
-    run!("rm", "-rf", to.join("refs"))?;
-    run!("cp", "-a", repository.join("refs"), to.join("refs"))?;
-    run!(
-        "cp",
-        "-a",
-        "--remove-destination",
-        repository.join("config"),
-        to.join("config")
-    )?;
-    Ok(())
+    /// The whole root file system: `base` with the overlay, in `tree`, which shares the files of `base`.
+    pub fn write_tree(&self, base: &Path, root: &Path, tree: &Path) -> Result<()> {
+        let overlay = tempfile::tempdir()?;
+        fs::set_permissions(overlay.path(), fs::Permissions::from_mode(0o755))?;
+        self.write_overlay(base, root, overlay.path())?;
+        run!("cp", "-al", base, tree)?;
+        run!(
+            "cp",
+            "-a",
+            "--remove-destination",
+            overlay.path().join("."),
+            tree
+        )?;
+        Ok(())
+    }
 }
 
 /// A directory that is laid over the base tree.
 struct Overlay<'a>(&'a Path);
 
 impl Overlay<'_> {
+    /// Offshoot as a distribution would install it.
+    fn offshoot(&self, root: &Path, programs: bool) -> Result<()> {
+        if programs {
+            for (name, directory) in [
+                ("offshoot", "usr/bin"),
+                ("offshoot-deployer", "usr/libexec"),
+                ("ostree-grub-generator", "usr/lib/ostree"),
+            ] {
+                let program = host::program(name)?;
+                let content =
+                    fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
+                self.executable(&format!("{directory}/{name}"), &content)?;
+            }
+        }
+        let agent = Path::new(env!("CARGO_MANIFEST_DIR")).join("../agent");
+        let copy = |from: &str, to: &str, mode: u32| {
+            let from = agent.join(from);
+            let content = fs::read(&from).with_context(|| format!("reading {}", from.display()))?;
+            self.write(to, &content, mode)
+        };
+        for (unit, wanted_by) in UNITS {
+            let path = format!("usr/lib/systemd/system/{unit}");
+            copy(&format!("units/{unit}"), &path, 0o644)?;
+            if let Some(directory) = wanted_by {
+                self.link(
+                    &format!("../{unit}"),
+                    &format!("usr/lib/systemd/system/{directory}/{unit}"),
+                )?;
+            }
+        }
+        let check = "health/required.d/10-offshoot";
+        copy(check, &format!("usr/lib/offshoot/{check}"), 0o755)?;
+        self.file("usr/lib/offshoot/config.toml", CONFIG)?;
+        let root = fs::read(root).with_context(|| format!("reading {}", root.display()))?;
+        self.write("usr/lib/offshoot/root.json", &root, 0o644)
+    }
+
+    /// See [`ODD_FILE`]. Its content is the release's, so that no device has it already.
+    fn odd_file(&self, version: &str) -> Result<()> {
+        self.write(ODD_FILE.trim_start_matches('/'), version.as_bytes(), 0o644)?;
+        let path = self.0.join(ODD_FILE.trim_start_matches('/'));
+        // Changing the owner drops set-user-id bits and capabilities.
+        run!("chown", "1234:5678", &path)?;
+        run!("chmod", "6755", &path)?;
+        run!(
+            "setfattr",
+            "-nuser.bench",
+            format!("-v{ODD_ATTRIBUTE}"),
+            &path
+        )?;
+        run!(
+            "setfattr",
+            "-nsecurity.capability",
+            format!("-v{ODD_CAPABILITY}"),
+            &path
+        )?;
+        Ok(())
+    }
+
     fn file(&self, path: &str, content: &str) -> Result<()> {
         self.write(path, content.as_bytes(), 0o644)
     }
@@ -171,6 +216,14 @@ impl Overlay<'_> {
         )?)
     }
 
+    fn link(&self, target: &str, path: &str) -> Result<()> {
+        let path = self.0.join(path);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        symlink(target, &path).with_context(|| format!("linking {}", path.display()))
+    }
+
     /// A oneshot that runs `command` before `target` is reached.
     fn unit(&self, name: &str, command: &str, target: &str) -> Result<()> {
         self.file(
@@ -180,15 +233,10 @@ impl Overlay<'_> {
                  Before={target}\n\n[Service]\nType=oneshot\nExecStart={command}\nTimeoutStartSec=infinity\n"
             ),
         )?;
-        let wants = self
-            .0
-            .join(format!("usr/lib/systemd/system/{target}.wants"));
-        fs::create_dir_all(&wants)?;
-        symlink(
-            format!("../{name}.service"),
-            wants.join(format!("{name}.service")),
-        )?;
-        Ok(())
+        self.link(
+            &format!("../{name}.service"),
+            &format!("usr/lib/systemd/system/{target}.wants/{name}.service"),
+        )
     }
 
     /// The base initramfs with one file replaced: the kernel unpacks archives that follow each other over each other.

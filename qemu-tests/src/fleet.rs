@@ -1,0 +1,146 @@
+//! The operator's side: a directory of `offshoot-fleet`, what is published from it, and the servers that devices ask.
+//!
+//! Owns no format: everything is done by the real programs, `offshoot-fleet`, `ostree` and nginx.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use offshoot::commit::Commit;
+
+use crate::cache::Cache;
+use crate::release::{Fault, Release};
+use crate::{host, os, run};
+
+/// What the devices of the test bed follow.
+pub const CHANNEL: &str = "stable";
+pub const HARDWARE: &str = "qemu-x86_64";
+
+const BRANCH: &str = "os/stable/qemu-x86_64";
+
+pub struct Fleet {
+    directory: PathBuf,
+}
+
+impl Fleet {
+    /// A new fleet: keys, an empty repository, metadata without releases.
+    pub fn init(directory: &Path) -> Result<Self> {
+        let fleet = Self {
+            directory: directory.to_owned(),
+        };
+        fs::create_dir(directory)?;
+        host::run(
+            fleet
+                .command()?
+                .args(["init", "--channel", CHANNEL, "--hardware", HARDWARE]),
+        )?;
+        Ok(fleet)
+    }
+
+    /// A copy of the fleet in `from`, in `to`; it shares its objects.
+    pub fn copy(from: &Path, to: &Path) -> Result<Self> {
+        fs::create_dir(to)?;
+        copy_all(from, to, "repo")?;
+        let (from, repository) = (from.join("repo"), to.join("repo"));
+        fs::create_dir(&repository)?;
+        copy_all(&from, &repository, "objects")?;
+        // Only objects are never rewritten in place.
+        run!(
+            "cp",
+            "-al",
+            from.join("objects"),
+            repository.join("objects")
+        )?;
+        Ok(Self {
+            directory: to.to_owned(),
+        })
+    }
+
+    /// The trusted root, for images.
+    pub fn root(&self) -> PathBuf {
+        self.directory.join("root.json")
+    }
+
+    pub fn repository(&self) -> PathBuf {
+        self.directory.join("repo")
+    }
+
+    /// What a web server serves.
+    pub fn public(&self) -> PathBuf {
+        self.directory.join("public")
+    }
+
+    /// Composes `release` from a whole root file system.
+    pub fn compose(&self, cache: &Cache, release: &Release) -> Result<Commit> {
+        let scratch = cache.scratch()?;
+        let tree = scratch.path().join("tree");
+        release.write_tree(&os::base_tree(cache)?, &self.root(), &tree)?;
+        let composed = host::run(
+            self.command()?
+                .args(["compose", "--branch", BRANCH, "--timestamp", "1767225600"])
+                .args(["--release", &release.version])
+                .arg("--tree")
+                .arg(tree),
+        )?;
+        let composed: serde_json::Value =
+            serde_json::from_str(&composed).context("reading what compose says")?;
+        commit(&composed["commit"])
+    }
+
+    /// Commits `release` as a difference from the last one that was composed: all that a broken one needs, in a tenth of the time.
+    pub fn commit_difference(&self, cache: &Cache, release: &Release) -> Result<Commit> {
+        let overlay = cache.scratch()?;
+        release.write_overlay(&os::base_tree(cache)?, &self.root(), overlay.path())?;
+        let commit = run!(
+            "ostree",
+            "commit",
+            format!("--repo={}", self.repository().display()),
+            format!("--branch=difference/{}", release.version),
+            "--timestamp=2026-01-01 00:00:00 UTC",
+            format!("--tree=ref={BRANCH}"),
+            format!("--tree=dir={}", overlay.path().display()),
+            format!("--add-metadata-string=version={}", release.version),
+        )?;
+        Ok(commit.trim().parse()?)
+    }
+
+    /// Composes `release` and publishes it, with a delta from the release before it.
+    pub fn publish(&self, cache: &Cache, release: &Release) -> Result<Commit> {
+        let commit = match release.fault {
+            // What is missing cannot be laid over anything.
+            None | Some(Fault::NoPrograms) => self.compose(cache, release)?,
+            Some(_) => self.commit_difference(cache, release)?,
+        };
+        host::run(
+            self.command()?
+                .args(["publish", "--channel", CHANNEL, "--hardware", HARDWARE])
+                .args(["--release", &release.version, "--deltas", "1"])
+                .arg(commit.to_string()),
+        )?;
+        Ok(commit)
+    }
+
+    fn command(&self) -> Result<Command> {
+        let mut command = Command::new(host::program("offshoot-fleet")?);
+        command.arg("--json").arg("--fleet").arg(&self.directory);
+        Ok(command)
+    }
+}
+
+fn copy_all(from: &Path, to: &Path, except: &str) -> Result<()> {
+    for entry in fs::read_dir(from).with_context(|| format!("reading {}", from.display()))? {
+        let entry = entry?;
+        if entry.file_name() != except {
+            run!("cp", "-a", entry.path(), to)?;
+        }
+    }
+    Ok(())
+}
+
+fn commit(value: &serde_json::Value) -> Result<Commit> {
+    Ok(value
+        .as_str()
+        .with_context(|| format!("{value} is no commit"))?
+        .parse()?)
+}
