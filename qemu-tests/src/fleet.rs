@@ -1,6 +1,6 @@
-//! The operator's side: a directory of `offshoot-fleet`, what is published from it, and the servers that devices ask.
+//! The operator's side: a directory of `offshoot-fleet`, and what is published from it.
 //!
-//! Owns no format: everything is done by the real programs, `offshoot-fleet`, `ostree` and nginx.
+//! Owns no format: everything is done by the real programs, `offshoot-fleet` and `ostree`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,8 @@ use anyhow::{Context as _, Result};
 use offshoot::commit::Commit;
 
 use crate::cache::Cache;
-use crate::release::{Fault, Release};
+use crate::release::{Fault, Release, Trust};
+use crate::server::Server;
 use crate::{host, os, run};
 
 /// What the devices of the test bed follow.
@@ -24,17 +25,18 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// A new fleet: keys, an empty repository, metadata without releases.
+    /// A new fleet: keys, an empty repository, metadata without releases, a server's authority.
     pub fn init(directory: &Path) -> Result<Self> {
         let fleet = Self {
             directory: directory.to_owned(),
         };
-        fs::create_dir(directory)?;
         host::run(
             fleet
                 .command()?
                 .args(["init", "--channel", CHANNEL, "--hardware", HARDWARE]),
         )?;
+        // The authority is made when it serves for the first time.
+        drop(Server::of_fleet(directory)?);
         Ok(fleet)
     }
 
@@ -57,9 +59,20 @@ impl Fleet {
         })
     }
 
-    /// The trusted root, for images.
-    pub fn root(&self) -> PathBuf {
-        self.directory.join("root.json")
+    /// For images.
+    fn trust(&self) -> Result<Trust> {
+        let read = |path: &str| {
+            let path = self.directory.join(path);
+            fs::read(&path).with_context(|| format!("reading {}", path.display()))
+        };
+        Ok(Trust {
+            root: read("root.json")?,
+            ca: read("keys/serve-ca.pem")?,
+        })
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
     }
 
     pub fn repository(&self) -> PathBuf {
@@ -75,7 +88,7 @@ impl Fleet {
     pub fn compose(&self, cache: &Cache, release: &Release) -> Result<Commit> {
         let scratch = cache.scratch()?;
         let tree = scratch.path().join("tree");
-        release.write_tree(&os::base_tree(cache)?, &self.root(), &tree)?;
+        release.write_tree(&os::base_tree(cache)?, &self.trust()?, &tree)?;
         let composed = host::run(
             self.command()?
                 .args(["compose", "--branch", BRANCH, "--timestamp", "1767225600"])
@@ -91,7 +104,9 @@ impl Fleet {
     /// Commits `release` as a difference from the last one that was composed: all that a broken one needs, in a tenth of the time.
     pub fn commit_difference(&self, cache: &Cache, release: &Release) -> Result<Commit> {
         let overlay = cache.scratch()?;
-        release.write_overlay(&os::base_tree(cache)?, &self.root(), overlay.path())?;
+        release.write_overlay(&os::base_tree(cache)?, &self.trust()?, overlay.path())?;
+        // Where compose puts it.
+        fs::rename(overlay.path().join("etc"), overlay.path().join("usr/etc"))?;
         let commit = run!(
             "ostree",
             "commit",

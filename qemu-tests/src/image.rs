@@ -90,7 +90,7 @@ pub fn factory(cache: &Cache) -> Result<Image> {
         .text(&base.to_string_lossy())
         .path(&manifest.join("../agent/units"))?
         .path(&manifest.join("../agent/health"))?;
-    for source in ["fleet.rs", "image.rs", "release.rs"] {
+    for source in ["fleet.rs", "image.rs", "release.rs", "server.rs"] {
         ingredients = ingredients.path(&manifest.join("src").join(source))?;
     }
     for program in [

@@ -2,17 +2,20 @@
 //!
 //! - [`os`]: the base OS, a Debian described by the files in `qemu-tests/os/`.
 //! - [`release`]: one release of it, good or bad in a chosen way.
-//! - [`fleet`]: the operator who publishes releases, and the servers.
+//! - [`fleet`]: the operator who publishes releases; [`server`]: what serves them.
 //! - [`image`]: the disk of a device, as the factory delivers it.
 //! - [`uboot`]: a real U-Boot, alone.
 //! - [`vm`]: a machine with that disk: watched, asked, reset, and cut off from its power.
+//! - [`bench`]: all of these together.
 //! - [`cache`]: what is kept between runs; [`host`]: the build host's tools.
 
+pub mod bench;
 pub mod cache;
 pub mod fleet;
 pub mod host;
 pub mod image;
 pub mod os;
 pub mod release;
+pub mod server;
 pub mod uboot;
 pub mod vm;

@@ -38,17 +38,27 @@ pub struct Release {
     pub fault: Option<Fault>,
 }
 
+/// What a device believes from the factory on: the TUF root, and who signs the server's certificate.
+pub struct Trust {
+    pub root: Vec<u8>,
+    pub ca: Vec<u8>,
+}
+
+/// A file in every release that an operator may change; the release's says which release it is of.
+pub const ETC_FILE: &str = "/etc/bench-release";
+
 /// A file in every release whose owner, mode and extended attributes are anything but ordinary.
 pub const ODD_FILE: &str = "/usr/lib/bench/odd";
 /// What `stat` and `getfattr` say of it.
 pub const ODD_STAT: &str = "6755 1234:5678";
 pub const ODD_CAPABILITY: &str = "0x0100000200200000000000000000000000000000";
-pub const ODD_ATTRIBUTE: &str = "as composed";
+pub const ODD_ATTRIBUTE: &str = "0x617320636f6d706f736564";
 
 /// The configuration that the image ships. The device's own, in /etc, names the server.
 const CONFIG: &str = "\
 [server]
 url = \"https://updates.invalid/\"
+ca = \"/usr/lib/offshoot/ca.pem\"
 
 [device]
 hardware = \"qemu-x86_64\"
@@ -84,12 +94,15 @@ impl Release {
         }
     }
 
-    /// Writes what this release adds to `base`, a root file system, into `overlay`, an empty directory. Devices with it trust
-    /// the TUF root `root`.
-    pub fn write_overlay(&self, base: &Path, root: &Path, overlay: &Path) -> Result<()> {
+    /// Writes what this release adds to `base`, a root file system, into `overlay`, an empty directory.
+    pub fn write_overlay(&self, base: &Path, trust: &Trust, overlay: &Path) -> Result<()> {
         let tree = Overlay(overlay);
-        tree.offshoot(root, self.fault != Some(Fault::NoPrograms))?;
+        tree.offshoot(trust, self.fault != Some(Fault::NoPrograms))?;
         tree.file("usr/lib/bench/release", &format!("{}\n", self.version))?;
+        tree.file(
+            ETC_FILE.trim_start_matches('/'),
+            &format!("{}\n", self.version),
+        )?;
         tree.odd_file(&self.version)?;
         match self.fault {
             None | Some(Fault::NoPrograms) => Ok(()),
@@ -117,10 +130,10 @@ impl Release {
     }
 
     /// The whole root file system: `base` with the overlay, in `tree`, which shares the files of `base`.
-    pub fn write_tree(&self, base: &Path, root: &Path, tree: &Path) -> Result<()> {
+    pub fn write_tree(&self, base: &Path, trust: &Trust, tree: &Path) -> Result<()> {
         let overlay = tempfile::tempdir()?;
         fs::set_permissions(overlay.path(), fs::Permissions::from_mode(0o755))?;
-        self.write_overlay(base, root, overlay.path())?;
+        self.write_overlay(base, trust, overlay.path())?;
         run!("cp", "-al", base, tree)?;
         run!(
             "cp",
@@ -138,7 +151,7 @@ struct Overlay<'a>(&'a Path);
 
 impl Overlay<'_> {
     /// Offshoot as a distribution would install it.
-    fn offshoot(&self, root: &Path, programs: bool) -> Result<()> {
+    fn offshoot(&self, trust: &Trust, programs: bool) -> Result<()> {
         if programs {
             for (name, directory) in [
                 ("offshoot", "usr/bin"),
@@ -170,8 +183,8 @@ impl Overlay<'_> {
         let check = "health/required.d/10-offshoot";
         copy(check, &format!("usr/lib/offshoot/{check}"), 0o755)?;
         self.file("usr/lib/offshoot/config.toml", CONFIG)?;
-        let root = fs::read(root).with_context(|| format!("reading {}", root.display()))?;
-        self.write("usr/lib/offshoot/root.json", &root, 0o644)
+        self.write("usr/lib/offshoot/root.json", &trust.root, 0o644)?;
+        self.write("usr/lib/offshoot/ca.pem", &trust.ca, 0o644)
     }
 
     /// See [`ODD_FILE`]. Its content is the release's, so that no device has it already.

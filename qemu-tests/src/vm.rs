@@ -10,6 +10,7 @@
 //! an unflushed overwrite of a cluster that was flushed before, and no sector is ever torn.
 
 mod guest;
+mod offshoot;
 mod options;
 mod watch;
 
@@ -186,6 +187,11 @@ impl Vm {
         self.watch
             .wait("the watchdog", timeout, |watch| watch.next_qmp("WATCHDOG"))
             .map(drop)
+    }
+
+    /// How often the machine was reset since it was made.
+    pub fn resets(&self) -> usize {
+        self.watch.count_qmp("RESET")
     }
 
     /// Everything that was seen so far, for a failure's message.

@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use offshoot::commit::Commit;
 use serde_json::{Value, json};
 
 use super::watch::{self, Source};
@@ -57,16 +56,6 @@ impl Vm {
         Ok(())
     }
 
-    /// The commit of the deployment that the guest runs, read from the path that the kernel command line names.
-    pub fn booted_commit(&mut self) -> Result<Commit> {
-        let script = "basename \"$(readlink --canonicalize \"/sysroot$(sed 's/.*ostree=\\([^ ]*\\).*/\\1/' /proc/cmdline)\")\"";
-        let deployment = self.ask(["/bin/sh", "-c", script])?;
-        let commit = deployment.split('.').next().unwrap_or_default();
-        commit
-            .parse()
-            .with_context(|| format!("{deployment:?} is no deployment's name"))
-    }
-
     fn run_with_input<A: AsRef<str>>(
         &mut self,
         argv: impl AsRef<[A]>,
@@ -86,6 +75,7 @@ impl Vm {
             }),
         )?;
         let deadline = Instant::now() + PATIENCE;
+        let mut pause = Duration::from_millis(10);
         loop {
             let status = self.agent("guest-exec-status", json!({"pid": started["pid"]}))?;
             if status["exited"] == true {
@@ -109,8 +99,9 @@ impl Vm {
                 self.watch.tail(40)
             );
             // The agent can only be asked; meanwhile, what else arrives is taken in.
-            let next = Instant::now() + Duration::from_millis(50);
+            let next = Instant::now() + pause;
             while self.watch.take_in(next)? {}
+            pause = (2 * pause).min(Duration::from_millis(320));
         }
     }
 

@@ -248,6 +248,11 @@ impl Watch {
         None
     }
 
+    pub(super) fn count_qmp(&self, name: &str) -> usize {
+        let named = |(_, event): &&(Duration, Value)| event["event"] == name;
+        self.qmp_events.iter().filter(named).count()
+    }
+
     /// The next answer from QMP or the guest agent: what it returned, or its error.
     pub(super) fn answer(&mut self, source: Source) -> Option<Result<Value, Value>> {
         let mut answer = match source {

@@ -1,0 +1,77 @@
+//! A fleet of one: an operator, a server and a device that follows it.
+
+use anyhow::Result;
+use offshoot::commit::Commit;
+use tempfile::TempDir;
+
+use crate::cache::Cache;
+use crate::fleet::Fleet;
+use crate::image::{self, Image};
+use crate::release::Release;
+use crate::server::Server;
+use crate::vm::{Options, PATIENCE, STARTUP_FINISHED, Vm};
+
+pub struct Bench {
+    pub vm: Vm,
+    pub server: Server,
+    pub fleet: Fleet,
+    /// The release that the factory installed.
+    pub first: Commit,
+    cache: Cache,
+    _directory: TempDir,
+}
+
+/// Which server devices ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Web {
+    Fleet,
+    Nginx,
+}
+
+impl Bench {
+    /// Everything built and started; the device is on its way up and not configured yet.
+    pub fn start(web: Web, options: Options) -> Result<Self> {
+        let cache = Cache::open()?;
+        let Image {
+            disk,
+            commit,
+            fleet,
+        } = image::factory(&cache)?;
+        let directory = cache.scratch()?;
+        let fleet = Fleet::copy(&fleet, &directory.path().join("fleet"))?;
+        let server = match web {
+            Web::Fleet => Server::of_fleet(fleet.directory())?,
+            Web::Nginx => Server::nginx(&fleet.public())?,
+        };
+        Ok(Self {
+            vm: Vm::boot_with(&disk, options)?,
+            server,
+            fleet,
+            first: commit,
+            cache,
+            _directory: directory,
+        })
+    }
+
+    /// Waits until the device is up, and tells it which server to ask; `more` is added to its configuration.
+    pub fn configure(&mut self, more: &str) -> Result<()> {
+        self.vm.wait_for_event(STARTUP_FINISHED, PATIENCE)?;
+        self.vm.ask(["mkdir", "-p", "/etc/offshoot"])?;
+        // The image has the fleet's own; another server has another.
+        self.vm
+            .write_file("/etc/offshoot/ca.pem", self.server.ca.as_bytes())?;
+        let configuration = format!(
+            "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\n\n[poll]\ninterval = 2\n{more}",
+            self.server.url
+        );
+        self.vm
+            .write_file("/etc/offshoot/config.toml", configuration.as_bytes())?;
+        self.vm.ask(["systemctl", "restart", "offshoot.service"])?;
+        Ok(())
+    }
+
+    /// Composes and publishes a release.
+    pub fn publish(&self, release: &Release) -> Result<Commit> {
+        self.fleet.publish(&self.cache, release)
+    }
+}

@@ -1,0 +1,117 @@
+//! A release with nothing wrong.
+
+use bootloader_glue::protocol::Environment;
+use offshoot::events;
+use offshoot::record::Phase;
+use qemu_tests::bench::{Bench, Web};
+use qemu_tests::release::{ETC_FILE, ODD_ATTRIBUTE, ODD_CAPABILITY, ODD_FILE, ODD_STAT, Release};
+use qemu_tests::vm::{Options, PATIENCE};
+
+#[test]
+fn a_good_release_is_confirmed_after_one_boot_and_keeps_what_is_the_devices() {
+    let mut bench = Bench::start(Web::Nginx, Options::default()).unwrap();
+    bench.configure("").unwrap();
+    let Bench { vm, .. } = &mut bench;
+
+    // The device's own: a file that no release has, one that a release has, and something in /var.
+    vm.write_file("/etc/bench-own", b"of this device").unwrap();
+    vm.write_file("/etc/issue", b"changed by the operator")
+        .unwrap();
+    vm.write_file("/var/lib/bench", b"data").unwrap();
+    let var = vm
+        .ask(["stat", "--format=%i %Y %Z", "/var/lib/bench"])
+        .unwrap();
+
+    let target = bench.publish(&Release::good("1.1.0")).unwrap();
+    let Bench {
+        vm, server, first, ..
+    } = &mut bench;
+    for event in [
+        events::STAGED,
+        events::FETCHED,
+        events::APPLIED,
+        events::ARMED,
+        events::DEPLOYED,
+        events::REBOOTING,
+    ] {
+        vm.wait_for_event(event, PATIENCE).unwrap();
+    }
+    vm.wait_for_serial("offshoot: trial 1 of 3, booting entry 0", PATIENCE)
+        .unwrap();
+    for event in [events::HEALTHY, events::CONFIRMING, events::CONFIRMED] {
+        let event = vm.wait_for_event(event, PATIENCE).unwrap();
+        if let Some(commit) = event.field("COMMIT") {
+            assert_eq!(commit, target.to_string());
+        }
+    }
+    assert_eq!(vm.resets(), 1);
+
+    assert_eq!(vm.booted_commit().unwrap(), target);
+    assert!(matches!(
+        vm.environment().unwrap(),
+        Environment::Valid { counter, damaged: false } if !counter.upgrade_available && !counter.rollback
+    ));
+    let status = vm.status().unwrap();
+    assert_eq!(status.phase, Phase::Idle);
+    assert_eq!(status.rejections, []);
+    let deployed: Vec<_> = status.deployments.iter().map(|one| one.commit).collect();
+    assert_eq!(deployed, [target, *first]);
+
+    assert_eq!(vm.ask(["cat", "/etc/bench-own"]).unwrap(), "of this device");
+    assert_eq!(
+        vm.ask(["cat", "/etc/issue"]).unwrap(),
+        "changed by the operator"
+    );
+    assert_eq!(vm.ask(["cat", ETC_FILE]).unwrap(), "1.1.0");
+    assert_eq!(
+        vm.ask(["stat", "--format=%i %Y %Z", "/var/lib/bench"])
+            .unwrap(),
+        var
+    );
+    assert_eq!(
+        vm.ask(["stat", "--format=%a %u:%g", ODD_FILE]).unwrap(),
+        ODD_STAT
+    );
+    let attributes = [
+        "getfattr",
+        "--absolute-names",
+        "--dump",
+        "--match=-",
+        "--encoding=hex",
+        ODD_FILE,
+    ];
+    assert_eq!(
+        vm.ask(attributes).unwrap(),
+        format!(
+            "# file: {ODD_FILE}\nsecurity.capability={ODD_CAPABILITY}\nuser.bench={ODD_ATTRIBUTE}"
+        )
+    );
+
+    // Nothing is to be done now: a poll is one small request.
+    vm.wait_for_event(events::POLLED, PATIENCE).unwrap();
+    let before = server.requests().unwrap().len();
+    for _ in 0..3 {
+        vm.wait_for_event(events::POLLED, PATIENCE).unwrap();
+    }
+    let polls = server.requests().unwrap().split_off(before);
+    assert!((2..=4).contains(&polls.len()), "{polls:?}");
+    for poll in polls {
+        assert_eq!(
+            (poll.http.as_str(), poll.path.as_str()),
+            ("HTTP/2.0", "/metadata/timestamp.json")
+        );
+        assert_eq!((poll.status, poll.bytes), (304, 0));
+    }
+    let parts = |request: &&qemu_tests::server::Request| request.path.starts_with("/deltas/");
+    eprintln!(
+        "downloaded {} bytes of deltas",
+        server
+            .requests()
+            .unwrap()
+            .iter()
+            .filter(parts)
+            .map(|r| r.bytes)
+            .sum::<u64>()
+    );
+    eprintln!("{}", vm.transcript());
+}
