@@ -55,18 +55,27 @@ impl Bench {
 
     /// Waits until the device is up, and tells it which server to ask; `more` is added to its configuration.
     pub fn configure(&mut self, more: &str) -> Result<()> {
-        self.vm.wait_for_event(STARTUP_FINISHED, PATIENCE)?;
-        self.vm.ask(["mkdir", "-p", "/etc/offshoot"])?;
+        self.configure_with(more, |_| Ok(()))
+    }
+
+    /// The same; `prepare` changes what else is to be changed before the device asks for the first time.
+    pub fn configure_with(
+        &mut self,
+        more: &str,
+        prepare: impl FnOnce(&mut Vm) -> Result<()>,
+    ) -> Result<()> {
+        let Self { vm, server, .. } = self;
+        vm.wait_for_event(STARTUP_FINISHED, PATIENCE)?;
+        prepare(vm)?;
+        vm.ask(["mkdir", "-p", "/etc/offshoot"])?;
         // The image has the fleet's own; another server has another.
-        self.vm
-            .write_file("/etc/offshoot/ca.pem", self.server.ca.as_bytes())?;
+        vm.write_file("/etc/offshoot/ca.pem", server.ca.as_bytes())?;
         let configuration = format!(
-            "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\n\n[poll]\ninterval = 2\n{more}",
-            self.server.url
+            "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\n\n[poll]\ninterval = 2\n\n{more}",
+            server.url
         );
-        self.vm
-            .write_file("/etc/offshoot/config.toml", configuration.as_bytes())?;
-        self.vm.ask(["systemctl", "restart", "offshoot.service"])?;
+        vm.write_file("/etc/offshoot/config.toml", configuration.as_bytes())?;
+        vm.ask(["systemctl", "restart", "offshoot.service"])?;
         Ok(())
     }
 

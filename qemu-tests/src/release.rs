@@ -14,7 +14,7 @@ use crate::{host, os, run};
 /// What a release does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The kernel finds no init it can run and panics.
+    /// Its init ends at once, and the kernel panics.
     KernelPanics,
     /// The initramfs cannot prepare the root file system and never gets further.
     RootDoesNotMount,
@@ -106,7 +106,7 @@ impl Release {
         tree.odd_file(&self.version)?;
         match self.fault {
             None | Some(Fault::NoPrograms) => Ok(()),
-            Some(Fault::KernelPanics) => tree.initramfs(base, "init", b"#!/nonexistent\n"),
+            Some(Fault::KernelPanics) => tree.initramfs(base, "init", b"#!/usr/bin/bash\nexit 1\n"),
             Some(Fault::RootDoesNotMount) => tree.initramfs(
                 base,
                 "usr/lib/ostree/ostree-prepare-root",

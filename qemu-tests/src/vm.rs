@@ -194,6 +194,11 @@ impl Vm {
         self.watch.count_qmp("RESET")
     }
 
+    /// How many journal entries with this message id were seen so far.
+    pub fn count_events(&self, message_id: &str) -> usize {
+        self.watch.count_events(message_id)
+    }
+
     /// Everything that was seen so far, for a failure's message.
     pub fn transcript(&self) -> String {
         self.watch.tail(usize::MAX)

@@ -253,6 +253,11 @@ impl Watch {
         self.qmp_events.iter().filter(named).count()
     }
 
+    pub(super) fn count_events(&self, message_id: &str) -> usize {
+        let with_id = |(_, event): &&(Duration, Event)| event.message_id() == Some(message_id);
+        self.events.iter().filter(with_id).count()
+    }
+
     /// The next answer from QMP or the guest agent: what it returned, or its error.
     pub(super) fn answer(&mut self, source: Source) -> Option<Result<Value, Value>> {
         let mut answer = match source {

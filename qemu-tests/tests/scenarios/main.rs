@@ -1,5 +1,5 @@
 //! Scenarios on real machines: each boots the OS under the real bootloader, lets a device follow a fleet, breaks something, and asks
-//! what is left. Each is a story told once, in order; what several tell alike is in `common`.
+//! what is left. Each is a story told in order.
 
 #![allow(
     clippy::unwrap_used,
@@ -7,4 +7,5 @@
     reason = "a test that fails here says where"
 )]
 
+mod faults;
 mod good;
