@@ -253,6 +253,7 @@ pub fn delta_superblock(data: &[u8]) {
     let mut target = Commit(Sha256::of(b""));
     let mut delta = Delta {
         from: None,
+        to: None,
         usize: 1,
         superblock: file(Sha256::of(data)),
         parts: Vec::new(),

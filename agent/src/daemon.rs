@@ -751,6 +751,7 @@ impl Daemon {
                 version: Some(offer.entry.version.to_string()),
             }),
             plan: plan.map(|plan| status::Plan {
+                way: plan.way,
                 from: plan.from,
                 total: plan.total,
                 missing: plan.missing,

@@ -27,10 +27,43 @@ pub struct Deployment {
     pub staged: bool,
 }
 
-/// `offshoot-deployer stored`: how much of a commit is in the repository.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// `offshoot-deployer stored`: which of the commits are complete in the repository.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stored {
-    pub complete: bool,
+    pub complete: Vec<Commit>,
+}
+
+/// `offshoot-deployer missing`: which objects of an index are not in the repository.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Missing {
+    /// One hexadecimal digit for four objects of the index, the first in the highest bit; ones are missing.
+    pub missing: String,
+}
+
+impl Missing {
+    pub fn new(missing: &[bool]) -> Self {
+        let digit = |four: &[bool]| {
+            let bits = (0..4u32).filter(|n| four.get(*n as usize) == Some(&true));
+            char::from_digit(bits.map(|n| 8 >> n).sum(), 16).unwrap_or('0')
+        };
+        Self {
+            missing: missing.chunks(4).map(digit).collect(),
+        }
+    }
+
+    /// Whether each of `count` objects is missing; `None` if it speaks of another number of them.
+    pub fn of(&self, count: usize) -> Option<Vec<bool>> {
+        if self.missing.len() != count.div_ceil(4) {
+            return None;
+        }
+        let mut all = Vec::with_capacity(count + 3);
+        for digit in self.missing.chars() {
+            let digit = digit.to_digit(16)?;
+            all.extend((0..4).map(|n| digit & (8 >> n) != 0));
+        }
+        all.truncate(count);
+        Some(all)
+    }
 }
 
 /// What a writing verb did.
@@ -79,5 +112,24 @@ impl FailureKind {
             Self::Booted => 7,
             Self::Unsuited => 8,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_read_as_it_was_written() {
+        for count in 0..20 {
+            let missing: Vec<bool> = (0..count).map(|n| n % 3 == 1 || n == 8).collect();
+            let written = Missing::new(&missing);
+            assert_eq!(written.of(count), Some(missing));
+            assert_eq!(written.of(count + 4), None);
+        }
+        let odd = Missing {
+            missing: "g".to_owned(),
+        };
+        assert_eq!(odd.of(4), None);
     }
 }

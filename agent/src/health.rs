@@ -300,8 +300,16 @@ mod tests {
     fn script(directory: &Path, path: &str, text: &str) {
         let path = directory.join(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        // By another process: a child of another test may inherit our descriptor, and what is open for writing cannot be run.
+        let written = std::process::Command::new("sh")
+            .args([
+                "-c",
+                "printf '#!/bin/sh\\n%s\\n' \"$1\" > \"$0\" && chmod 755 \"$0\"",
+            ])
+            .arg(&path)
+            .arg(text)
+            .status();
+        assert!(written.unwrap().success());
     }
 
     async fn gather(directory: &Path, each: Duration) -> Report {

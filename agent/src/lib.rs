@@ -6,6 +6,7 @@
 //! - [`trust`]: TUF metadata to a [`trust::Verified`] release, without I/O.
 //! - [`fetch`]: bytes from the server to the spool, resumed and checked against signed digests.
 //! - [`delta`]: that a static delta is the one that was signed for, before libostree reads it.
+//! - [`objects`]: the index of a release's objects; [`route`]: which way leads to a release.
 //! - [`deployment`]: what the deployer, the only program that links libostree, says to the others.
 //! - [`health`]: the checks that a trial boot must pass, and the confirmation after them.
 //! - [`schedule`]: windows of time; [`usage`]: what a month's requests have cost.
@@ -32,9 +33,11 @@ pub mod events;
 pub mod fetch;
 #[cfg(feature = "daemon")]
 pub mod health;
+pub mod objects;
 #[cfg(feature = "daemon")]
 pub mod poll;
 pub mod record;
+pub mod route;
 #[cfg(feature = "daemon")]
 pub mod schedule;
 #[cfg(feature = "daemon")]

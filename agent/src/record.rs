@@ -43,11 +43,14 @@ pub struct Record {
 pub enum Phase {
     #[default]
     Idle,
-    /// `target` is being fetched and stored beside the running system. `attempts` counts the applies begun.
+    /// `target` is being fetched and stored beside the running system. `attempts` counts the applies begun, `way` the ways to it that
+    /// have failed: the next best one is tried.
     Staging {
         from: Commit,
         target: Commit,
         attempts: u8,
+        #[serde(default)]
+        way: u8,
     },
     /// `target` is to be, or is being, or has been tried by booting it. `attempts` counts the deploys begun.
     Trial {
@@ -252,6 +255,7 @@ mod tests {
                 from: commit,
                 target: commit,
                 attempts: n,
+                way: n,
             },
             rejections: [(
                 commit,

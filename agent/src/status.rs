@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::commit::Commit;
 use crate::decide::{Step, Why};
+use crate::device;
 use crate::record::{Hold, Phase, Reason};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +81,7 @@ pub enum NextIs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
+    pub way: device::Kind,
     /// The deployment that the delta starts from; null: from nothing.
     pub from: Option<Commit>,
     pub total: u64,
@@ -415,11 +417,12 @@ impl fmt::Display for Status {
                     done: plan.total - plan.missing.min(plan.total),
                     total: plan.total,
                 };
-                let from = plan.from.map_or("nothing".to_owned(), short);
-                line(
-                    "newest",
-                    &format!("{offer}, {share} of the delta from {from} here"),
-                )?;
+                let way = match (plan.way, plan.from) {
+                    (device::Kind::Deltas, Some(from)) => format!("the delta from {}", short(from)),
+                    (device::Kind::Deltas, None) => "the delta from nothing".to_owned(),
+                    (device::Kind::Objects, _) => "the missing objects".to_owned(),
+                };
+                line("newest", &format!("{offer}, {share} of {way} here"))?;
             }
             (Some(offer), None) => line("newest", &offer.to_string())?,
             (None, _) => line("newest", "none known")?,

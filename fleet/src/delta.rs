@@ -149,6 +149,7 @@ fn describe(
     }
     Ok(schema::Delta {
         from,
+        to: None,
         usize,
         superblock,
         parts,

@@ -96,12 +96,12 @@ fn prune_with(fleet: &Fleet, keep: usize, now: Time, writer: &Writer) -> Result<
         warnings,
     };
     for folder in ["metadata", "targets", "deltas"] {
-        sweep(
-            &fleet.public(),
-            &fleet.public().join(folder),
-            &named,
-            &mut summary,
-        )?;
+        let sweep = Sweep {
+            writer,
+            public: &fleet.public(),
+            named: &named,
+        };
+        sweep.directory(&fleet.public().join(folder), &mut summary)?;
     }
     Ok(summary)
 }
@@ -140,52 +140,56 @@ fn named(fleet: &Fleet, publication: &Publication) -> Result<BTreeSet<PathBuf>> 
     Ok(named)
 }
 
-/// Removes what is not named, and directories that are empty then.
-fn sweep(
-    public: &Path,
-    directory: &Path,
-    named: &BTreeSet<PathBuf>,
-    summary: &mut Summary,
-) -> Result<()> {
-    if !directory.exists() {
-        return Ok(());
-    }
-    let reading = || format!("reading {}", directory.display());
-    let mut entries = Vec::new();
-    for entry in fs::read_dir(directory).with_context(reading)? {
-        entries.push(entry.with_context(reading)?.path());
-    }
-    // The superblock of a delta first.
-    entries.sort_by_key(|path| !path.ends_with("superblock"));
-    for path in entries {
-        let meta = fs::symlink_metadata(&path).with_context(reading)?;
-        if meta.is_dir() {
-            sweep(public, &path, named, summary)?;
-            continue;
+struct Sweep<'a> {
+    writer: &'a Writer,
+    public: &'a Path,
+    named: &'a BTreeSet<PathBuf>,
+}
+
+impl Sweep<'_> {
+    /// Removes what is not named, and directories that are empty then.
+    fn directory(&self, directory: &Path, summary: &mut Summary) -> Result<()> {
+        if !directory.exists() {
+            return Ok(());
         }
-        let below = path.strip_prefix(public).unwrap_or(&path);
-        if named.contains(below) {
-            continue;
+        let reading = || format!("reading {}", directory.display());
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(directory).with_context(reading)? {
+            entries.push(entry.with_context(reading)?.path());
         }
-        fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
-        summary.files += 1;
-        summary.bytes += meta.len();
+        // The superblock of a delta first.
+        entries.sort_by_key(|path| !path.ends_with("superblock"));
+        for path in entries {
+            let meta = fs::symlink_metadata(&path).with_context(reading)?;
+            if meta.is_dir() {
+                self.directory(&path, summary)?;
+            } else if !self
+                .named
+                .contains(path.strip_prefix(self.public).unwrap_or(&path))
+            {
+                self.writer.remove(&path)?;
+                summary.files += 1;
+                summary.bytes += meta.len();
+            }
+        }
+        let is_empty = fs::read_dir(directory)
+            .with_context(reading)?
+            .next()
+            .is_none();
+        if is_empty {
+            fs::remove_dir(directory)
+                .with_context(|| format!("removing {}", directory.display()))?;
+        }
+        Ok(())
     }
-    let is_empty = fs::read_dir(directory)
-        .with_context(reading)?
-        .next()
-        .is_none();
-    if is_empty {
-        fs::remove_dir(directory).with_context(|| format!("removing {}", directory.display()))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::bench::{Bench, now, request, seen};
-    use crate::publish::publish;
+    use crate::publish::{Request, publish};
+    use crate::rotate::rotate;
 
     fn files(directory: &Path) -> BTreeSet<PathBuf> {
         let mut all = BTreeSet::new();
@@ -213,41 +217,42 @@ mod tests {
         let gone: Vec<_> = before.difference(&after).map(name).collect();
         assert_eq!(gone, ["1.snapshot.json", "1.stable.json"]);
 
+        // A device that has only the first root follows.
+        rotate(&fleet, "timestamp", None, now(4)).unwrap();
         for steps in 0.. {
             let fleet = bench.copy("fleet", &format!("cut-{steps}"));
+            let public = fleet.public();
             let mut device = bench.device(&format!("device-{steps}"));
-            let writer = Writer::cut_after(&fleet.public(), steps);
-            let done = prune_with(&fleet, 1, now(4), &writer).is_ok();
-            assert_eq!(seen(&mut device, &fleet.public(), now(5)).unwrap(), "1.1.0");
-            prune(&fleet, 1, now(6)).unwrap();
-            assert_eq!(seen(&mut device, &fleet.public(), now(7)).unwrap(), "1.1.0");
-            let left = files(&fleet.public());
-            let named: BTreeSet<_> = named(&fleet, &Publication::read(&fleet).unwrap()).unwrap();
-            assert!(
-                left.iter()
-                    .all(|path| named.contains(path.strip_prefix(fleet.public()).unwrap()))
-            );
+            let writer = Writer::cut_after(&public, steps);
+            let done = prune_with(&fleet, 1, now(5), &writer).is_ok();
+            assert_eq!(seen(&mut device, &public, now(6)).unwrap(), "1.1.0");
+            // What went may come again, as another release, also when it went in part.
+            let mut again = bench.copy(&format!("cut-{steps}"), &format!("again-{steps}"));
+            again.settings.deltas = 0;
+            let request = Request {
+                again: true,
+                ..request("1.0.0")
+            };
+            assert_eq!(publish(&again, &request, now(7)).unwrap().serial, 3);
+            assert_eq!(seen(&mut device, &again.public(), now(8)).unwrap(), "1.0.0");
+
+            prune(&fleet, 1, now(9)).unwrap();
+            let left = files(&public);
+            let published = Publication::read(&fleet).unwrap();
+            let named = named(&fleet, &published).unwrap();
+            let below = |path: &PathBuf| path.strip_prefix(&public).unwrap().to_owned();
+            assert!(left.iter().all(|path| named.contains(&below(path))));
             // 1.1.0 from 1.0.0 and from nothing, its commit and manifest.
-            assert_eq!(
-                left.iter()
-                    .filter(|path| !path.to_str().unwrap().contains("/metadata/"))
-                    .count(),
-                6
-            );
+            let content = left
+                .iter()
+                .filter(|path| !below(path).starts_with("metadata"));
+            assert_eq!(content.count(), 6);
             if done {
-                assert_eq!(steps, 3 * 4);
+                // Channel, snapshot, timestamp; delta, commit, manifest; snapshots and a channel of before.
+                assert_eq!(steps, 3 * 4 + 4 + 2);
                 break;
             }
         }
-        // What went may come again, as another release.
-        let fleet = bench.copy("fleet", "again");
-        prune(&fleet, 1, now(4)).unwrap();
-        let summary = publish(&fleet, &request("1.0.0"), now(5)).unwrap();
-        assert_eq!(summary.serial, 3);
-        assert_eq!(
-            seen(&mut bench.device("again-device"), &fleet.public(), now(6)).unwrap(),
-            "1.0.0"
-        );
     }
 
     #[test]

@@ -86,6 +86,7 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
     let lock = fleet.lock()?;
     let former = Publication::read(fleet)?;
     former.keep_root(fleet)?;
+    writer.clear_parts()?;
     let Request {
         channel,
         hardware,
@@ -117,7 +118,6 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         );
     }
 
-    writer.clear_parts()?;
     let scratch = fleet.scratch(&lock)?;
     let mut warnings = Vec::new();
     let mut deltas = Vec::new();
@@ -144,6 +144,7 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         version: version.clone(),
         hardware: hardware.clone(),
         deltas,
+        objects: None,
     };
     let bytes = manifest.to_bytes()?;
     ensure!(

@@ -41,7 +41,7 @@ impl Writer {
         }
     }
 
-    /// One that is cut off after so many steps: each file is four.
+    /// One that is cut off after so many steps: each file written is four, each removed is one.
     #[cfg(test)]
     pub(crate) fn cut_after(base: &Path, steps: usize) -> Self {
         let writer = Self::new(base);
@@ -131,6 +131,14 @@ impl Writer {
             Ok(Digested { length, sha256 })
         };
         place().with_context(|| format!("writing {}", path.display()))
+    }
+
+    pub(crate) fn remove(&self, path: &Path) -> Result<()> {
+        let remove = || -> io::Result<()> {
+            self.step()?;
+            fs::remove_file(path)
+        };
+        remove().with_context(|| format!("removing {}", path.display()))
     }
 
     /// Removes what a cut has left half written.

@@ -224,6 +224,7 @@ impl World {
                     from: *from,
                     target: *target,
                     attempts: 0,
+                    way: 0,
                 };
                 write(&world);
             }
@@ -241,6 +242,7 @@ impl World {
                         from: *from,
                         target: *target,
                         attempts: attempts + 1,
+                        way: 0,
                     };
                 }
                 write(&world);
@@ -583,6 +585,7 @@ fn rows_for_what_only_others_can_leave_behind() {
         from,
         target,
         attempts: 0,
+        way: 0,
     };
     world.environment = armed(0);
     assert_eq!(decide(&world.record, &facts(&world)), Step::Settle);
@@ -647,6 +650,7 @@ fn rows_for_what_only_others_can_leave_behind() {
         from,
         target,
         attempts: 0,
+        way: 0,
     };
     assert_eq!(decide(&world.record, &facts(&world)), Step::Abandon);
 }
@@ -750,6 +754,7 @@ fn policy_holds_an_update_before_its_download_and_before_its_trial() {
         from,
         target,
         attempts: 0,
+        way: 0,
     };
     let with = |world: &World, download, consent| {
         let facts = Facts {

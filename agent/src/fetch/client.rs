@@ -77,12 +77,12 @@ pub struct ServerConfig {
 pub struct Server {
     base: Base,
     connection: Option<Connection>,
-    caller: Caller,
+    caller: Arc<Caller>,
 }
 
 /// What every request has in common, to whichever host it goes.
-struct Caller {
-    config: ServerConfig,
+pub(super) struct Caller {
+    pub(super) config: ServerConfig,
     tls: Arc<ClientConfig>,
     proxy: Proxy,
     user_agent: HeaderValue,
@@ -134,12 +134,12 @@ impl Server {
         Ok(Self {
             base,
             connection: None,
-            caller: Caller {
+            caller: Arc::new(Caller {
                 config,
                 tls: Arc::new(tls),
                 proxy,
                 user_agent,
-            },
+            }),
         })
     }
 
@@ -171,7 +171,11 @@ impl Server {
     }
 
     /// Names the file in an error, and drops the connection on which it happened.
-    fn blame<T>(&mut self, path: &str, outcome: Result<T, Fault>) -> Result<T, FetchError> {
+    pub(super) fn blame<T>(
+        &mut self,
+        path: &str,
+        outcome: Result<T, Fault>,
+    ) -> Result<T, FetchError> {
         outcome.map_err(|fault| {
             self.connection = None;
             FetchError {
@@ -420,6 +424,22 @@ impl Server {
             .await
     }
 
+    /// A connection that can be used now, made if there is none.
+    pub(super) async fn connect(&mut self) -> Result<&Connection, Fault> {
+        let kept = self.connection.take();
+        let kept = kept.filter(|connection| connection.used.elapsed() < WORTH_KEEPING);
+        let connection = match kept {
+            Some(connection) => connection,
+            None => self.caller.connect(&self.base).await?,
+        };
+        Ok(self.connection.insert(connection))
+    }
+
+    /// What requests in flight share.
+    pub(super) fn shared(&self) -> (Arc<Caller>, &Base) {
+        (self.caller.clone(), &self.base)
+    }
+
     fn flow(&self, answer: Response<Incoming>) -> Flow {
         Flow::new(answer.into_body(), &self.caller.config)
     }
@@ -453,11 +473,7 @@ impl Caller {
         loop {
             let (mut connection, kept) = match kept_connection.take() {
                 Some(connection) if connection.used.elapsed() < WORTH_KEEPING => (connection, true),
-                Some(_) | None => {
-                    let limit = self.config.connect;
-                    let connection = Connection::to(base, &self.tls, &self.proxy, limit).await?;
-                    (connection, false)
-                }
+                Some(_) | None => (self.connect(base).await?, false),
             };
             let request =
                 self.request(base, target, connection.sender.is_http2(), extra.clone())?;
@@ -477,7 +493,11 @@ impl Caller {
         }
     }
 
-    fn request(
+    async fn connect(&self, base: &Base) -> Result<Connection, Fault> {
+        Connection::to(base, &self.tls, &self.proxy, self.config.connect).await
+    }
+
+    pub(super) fn request(
         &self,
         base: &Base,
         target: &str,
@@ -521,7 +541,7 @@ enum Transfer {
 
 /// The body of an answer, with the stall and low-speed timers. Only waiting counts, so that a slow disk is not mistaken
 /// for a slow server.
-struct Flow {
+pub(super) struct Flow {
     body: Incoming,
     got: u64,
     stall: Duration,
@@ -535,7 +555,7 @@ struct Flow {
 }
 
 impl Flow {
-    fn new(body: Incoming, config: &ServerConfig) -> Self {
+    pub(super) fn new(body: Incoming, config: &ServerConfig) -> Self {
         let ServerConfig {
             stall,
             low_speed,
@@ -555,7 +575,7 @@ impl Flow {
         }
     }
 
-    async fn chunk(&mut self) -> Result<Option<Bytes>, Fault> {
+    pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, Fault> {
         loop {
             // What is not read holds the sender up. Our own pause is not the server's stall.
             tokio::time::sleep_until(self.paid).await;

@@ -6,6 +6,7 @@ use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use super::client::{Reply, blocking};
+use super::many::Wanted;
 use super::spool::Slot;
 use super::url::check_path;
 use super::{Fault, FetchError};
@@ -108,6 +109,24 @@ impl Directory {
         });
         copied.await.map_err(|fault| self.blame(path, fault))?;
         progress(length);
+        Ok(())
+    }
+
+    pub(super) async fn many(
+        &self,
+        files: &[Wanted],
+        done: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<(), FetchError> {
+        for file in files {
+            let Wanted {
+                path,
+                length,
+                sha256,
+                slot,
+            } = file;
+            self.part(path, *length, sha256, slot, &mut |_| {}).await?;
+            done(*length);
+        }
         Ok(())
     }
 

@@ -27,6 +27,7 @@ mod answer;
 mod client;
 mod connection;
 mod directory;
+mod many;
 mod proxy;
 mod source;
 mod spool;
@@ -34,6 +35,7 @@ mod url;
 
 pub use client::{Reply, Server, ServerConfig};
 pub use directory::Directory;
+pub use many::Wanted;
 pub use source::Source;
 pub use spool::{Name, NotAName, Slot, Spool, SpoolError};
 pub use url::BadUrl;
@@ -133,6 +135,20 @@ pub enum TlsFault {
 }
 
 impl FetchError {
+    /// It is the file that is wrong or not there, not the way to it: the next try will find the same.
+    pub fn is_of_the_file(&self) -> bool {
+        matches!(
+            self.fault,
+            Fault::TooLong { .. }
+                | Fault::WrongLength { .. }
+                | Fault::WrongDigest { .. }
+                | Fault::Status {
+                    code: 404 | 410,
+                    ..
+                }
+        )
+    }
+
     /// How long the server asked to be left alone.
     pub fn retry_after(&self) -> Option<Duration> {
         match &self.fault {

@@ -5,6 +5,7 @@
 
 use super::client::{Reply, Server};
 use super::directory::Directory;
+use super::many::Wanted;
 use super::spool::Slot;
 use super::{Fault, FetchError};
 use crate::commit::Sha256;
@@ -108,6 +109,41 @@ impl Source {
             }
         }
         Err(first.unwrap_or_else(|| nowhere(path)))
+    }
+
+    /// [`Server::many`]. What one place did not give is asked of the next.
+    pub async fn many(
+        &mut self,
+        files: &[Wanted],
+        done: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<(), FetchError> {
+        let mut first = None;
+        for at in self.order() {
+            // Names of whole files are enough here: what is wrong under them is found before it is used.
+            let mut missing = Vec::new();
+            for file in files {
+                let present = file.slot.present();
+                let present = present.map_err(|fault| FetchError {
+                    url: file.path.clone(),
+                    fault: fault.into(),
+                })?;
+                if present < file.length || !file.slot.path().exists() {
+                    missing.push(file.clone());
+                }
+            }
+            let outcome = match &mut self.places[at] {
+                Place::Server(server) => server.many(&missing, done).await,
+                Place::Directory(directory) => directory.many(&missing, done).await,
+            };
+            match outcome {
+                Ok(()) => {
+                    self.current = at;
+                    return Ok(());
+                }
+                Err(error) => self.keep(&mut first, error)?,
+            }
+        }
+        Err(first.unwrap_or_else(|| nowhere("objects")))
     }
 
     fn order(&self) -> impl Iterator<Item = usize> + use<> {

@@ -4,7 +4,8 @@
 //!
 //! | path | what |
 //! |---|---|
-//! | `<commit>/superblock`, `0`, `1`, … | whole files, each once matched to its signed digest |
+//! | `<commit>/superblock`, `0`, `1`, … | a delta to that commit: whole files, each once matched to its signed digest |
+//! | `<commit>/index`, `<checksum>.filez`, `.dirtree`, … | the index of its objects, and those that were missing |
 //! | `<commit>/<name>.part` | the beginning of a file that is being fetched |
 //!
 //! What a power cut leaves, at each point:
@@ -30,6 +31,7 @@ use rustix::io::Errno;
 use sha2::Digest as _;
 
 use crate::commit::{Commit, Sha256};
+use crate::objects::Kind;
 
 /// A growing file is synced whenever this many bytes have come, so that a power cut costs no more than them again.
 const CHECKPOINT: u64 = 4 << 20;
@@ -45,6 +47,9 @@ pub struct Spool {
 pub enum Name {
     Superblock,
     Part(u32),
+    /// The index of the release's objects.
+    Index,
+    Object(Kind, Sha256),
 }
 
 /// The place of one file in the spool, whether or not it is there.
@@ -147,6 +152,15 @@ impl Slot {
             }
         }
         Ok(0)
+    }
+
+    /// Puts a small file there, whole. It is not synced: what a power cut takes of it is found by [`Slot::holds`] and fetched again, which
+    /// costs less than to sync thousands of small files.
+    pub(super) fn put(&self, bytes: &[u8]) -> Result<(), SpoolError> {
+        make_directory(&self.directory)?;
+        let (partial, whole) = (self.partial_path(), self.path());
+        fs::write(&partial, bytes).map_err(|error| SpoolError::new(&partial, error))?;
+        fs::rename(&partial, &whole).map_err(|error| SpoolError::new(&whole, error))
     }
 
     /// The unfinished file, with what there is of it; a beginning longer than the whole may be is thrown away.
@@ -280,6 +294,8 @@ impl fmt::Display for Name {
         match self {
             Self::Superblock => f.write_str("superblock"),
             Self::Part(number) => write!(f, "{number}"),
+            Self::Index => f.write_str("index"),
+            Self::Object(kind, checksum) => write!(f, "{checksum}.{}", kind.extension()),
         }
     }
 }
@@ -295,6 +311,12 @@ impl FromStr for Name {
     fn from_str(text: &str) -> Result<Self, NotAName> {
         let name = match text {
             "superblock" => Self::Superblock,
+            "index" => Self::Index,
+            object if object.contains('.') => {
+                let (checksum, extension) = object.split_once('.').ok_or(NotAName)?;
+                let kind = Kind::from_extension(extension).ok_or(NotAName)?;
+                Self::Object(kind, checksum.parse().map_err(|_| NotAName)?)
+            }
             number => Self::Part(number.parse().map_err(|_| NotAName)?),
         };
         // One spelling each: `+1` and `01` are numbers too.

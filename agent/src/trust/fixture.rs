@@ -12,8 +12,8 @@ use super::goal::{Goal, Newest};
 use super::refresh::{Refresh, Reply, Want};
 use super::schema::{
     Custom, Delegation, Delegations, Delta, Digested, Envelope, FORMAT, File, HardwareId, Key,
-    Manifest, MetaFile, RoleKeys, RoleName, Root, SPEC_VERSION, Signature, Snapshot, TargetFile,
-    Targets, Timestamp, Version, time,
+    Manifest, MetaFile, Objects, RoleKeys, RoleName, Root, SPEC_VERSION, Signature, Snapshot,
+    TargetFile, Targets, Timestamp, Version, time,
 };
 use super::store::Store;
 use crate::commit::{Commit, Sha256};
@@ -247,14 +247,22 @@ impl Repository {
         };
         let delta = Delta {
             from: None,
+            to: None,
             usize: 9,
             superblock: file("superblock"),
             parts: vec![file("0")],
         };
-        self.release_of(channel, version, serial, version.as_bytes(), vec![delta]);
+        self.release_of(
+            channel,
+            version,
+            serial,
+            version.as_bytes(),
+            vec![delta],
+            None,
+        );
     }
 
-    /// Adds a release of this commit object, which these deltas lead to.
+    /// Adds a release of this commit object, which these deltas lead to, and whose objects these are.
     pub(crate) fn release_of(
         &mut self,
         channel: &str,
@@ -262,6 +270,7 @@ impl Repository {
         serial: u64,
         object: &[u8],
         deltas: Vec<Delta>,
+        objects: Option<Objects>,
     ) {
         let manifest = Manifest {
             format: FORMAT,
@@ -269,6 +278,7 @@ impl Repository {
             version: version.parse().unwrap(),
             hardware: hardware(),
             deltas,
+            objects,
         };
         let bytes = manifest.to_bytes().unwrap();
         let digested = Digested {

@@ -177,6 +177,16 @@ pub struct Manifest {
     pub version: ReleaseVersion,
     pub hardware: HardwareId,
     pub deltas: Vec<Delta>,
+    /// Every object of the release, one by one, for a device that no delta is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objects: Option<Objects>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Objects {
+    /// [`crate::objects`]
+    pub index: File,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -184,6 +194,9 @@ pub struct Manifest {
 pub struct Delta {
     /// `None`: from nothing.
     pub from: Option<Commit>,
+    /// A former release, on the way to this one; `None`: this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Commit>,
     /// The bytes it unpacks to.
     pub usize: u64,
     pub superblock: File,
@@ -726,8 +739,10 @@ mod tests {
             commit: empty.parse().unwrap(),
             version: "1.4.0".parse().unwrap(),
             hardware,
+            objects: None,
             deltas: vec![Delta {
                 from: None,
+                to: None,
                 usize: 5,
                 superblock: file,
                 parts: vec![],

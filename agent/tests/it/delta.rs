@@ -22,6 +22,7 @@ pub fn describe(directory: &Path, from: Option<Commit>, url: &str) -> Delta {
     let names = (0..).map(|part: u32| part.to_string());
     Delta {
         from,
+        to: None,
         usize: 1 << 20,
         superblock: file("superblock"),
         parts: names

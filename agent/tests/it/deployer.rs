@@ -18,7 +18,7 @@ fn a_delta_is_applied_deployed_and_the_former_release_kept() {
     let (commit, delta) = (two.to_string(), bench.delta(Some(one), two));
     assert_eq!(
         bench.done::<Stored>(&["stored", "--commit", &commit]),
-        Stored { complete: false }
+        Stored { complete: vec![] }
     );
     assert_eq!(
         bench.refused(&["deploy", "--commit", &commit]),
@@ -29,7 +29,9 @@ fn a_delta_is_applied_deployed_and_the_former_release_kept() {
     assert!(!bench.changed(&words(&apply)));
     assert_eq!(
         bench.done::<Stored>(&["stored", "--commit", &commit]),
-        Stored { complete: true }
+        Stored {
+            complete: vec![two]
+        }
     );
     assert_eq!(bench.deployed(), [one]);
 
@@ -69,7 +71,7 @@ fn a_delta_is_applied_deployed_and_the_former_release_kept() {
     assert!(!bench.changed(&["prune"]));
     assert_eq!(
         bench.done::<Stored>(&["stored", "--commit", &commit]),
-        Stored { complete: false }
+        Stored { complete: vec![] }
     );
 }
 
@@ -96,7 +98,7 @@ fn a_wrong_or_corrupt_delta_is_refused_and_changes_nothing() {
         let commit = commit.to_string();
         assert_eq!(
             bench.done::<Stored>(&["stored", "--commit", &commit]),
-            Stored { complete: false }
+            Stored { complete: vec![] }
         );
     }
     assert_eq!(bench.deployed(), [one]);

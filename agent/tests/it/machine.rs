@@ -13,8 +13,9 @@ use offshoot::commit::{Commit, Sha256};
 use offshoot::config::Config;
 use offshoot::deployment::Deployments;
 use offshoot::health;
+use offshoot::objects::{self, Kind, Object};
 use offshoot::record::{self, Record};
-use offshoot::trust::schema::Delta;
+use offshoot::trust::schema::{Delta, File, Objects};
 
 use crate::bench::Bench;
 use crate::delta;
@@ -44,6 +45,11 @@ pub struct Booted {
 impl Machine {
     /// A device that runs the release `one` from the factory, and a server with an empty channel.
     pub fn new() -> Self {
+        Self::speaking("http/1.1")
+    }
+
+    /// The same, with a server that speaks this protocol only.
+    pub fn speaking(protocol: &str) -> Self {
         let (bench, factory) = Bench::new();
         // Under a bootloader whose configuration libostree has written.
         let generator = bench.path("generator");
@@ -89,7 +95,7 @@ impl Machine {
         let mut machine = Self {
             bench,
             repository,
-            identity: Identity::new(&["http/1.1"]),
+            identity: Identity::new(&[protocol]),
             files: Arc::default(),
             twist: Arc::new(Mutex::new(Box::new(|_, answer| answer))),
             factory,
@@ -142,26 +148,80 @@ impl Machine {
     /// Publishes a release whose deltas are not what they were.
     pub fn publish_with(&mut self, version: &str, spoil: impl FnOnce(&mut Vec<Delta>)) -> Commit {
         let commit = self.bench.release(version, version);
-        let directory = self.bench.delta(Some(self.factory), commit);
-        let url = format!("deltas/{}-{commit}", self.factory);
-        let delta = delta::describe(&directory, Some(self.factory), &url);
+        let mut deltas = vec![self.delta(Some(self.factory), commit)];
+        spoil(&mut deltas);
+        self.release(version, commit, deltas, None);
+        commit
+    }
+
+    /// Makes a delta and puts it on the server.
+    pub fn delta(&mut self, from: Option<Commit>, to: Commit) -> Delta {
+        let directory = self.bench.delta(from, to);
+        let name = from.map_or("empty".to_owned(), |from| from.to_string());
+        let url = format!("deltas/{name}-{to}");
         for entry in fs::read_dir(&directory).unwrap() {
             let entry = entry.unwrap();
             let name = entry.file_name().into_string().unwrap();
             let bytes = fs::read(entry.path()).unwrap();
             self.repository.files.insert(format!("{url}/{name}"), bytes);
         }
+        delta::describe(&directory, from, &url)
+    }
+
+    /// Puts every object of a commit on the server, and their index.
+    pub fn objects(&mut self, commit: Commit) -> Objects {
+        let only = format!("only-{commit}");
+        let repo = format!("--repo={only}");
+        self.bench.ostree(&[&repo, "init", "--mode=archive"]);
+        self.bench
+            .ostree(&[&repo, "pull-local", "server", &commit.to_string()]);
+        let mut objects = Vec::new();
+        for folder in fs::read_dir(self.path(&only).join("objects")).unwrap() {
+            let folder = folder.unwrap();
+            for file in fs::read_dir(folder.path()).unwrap() {
+                let file = file.unwrap();
+                let name = file.file_name().into_string().unwrap();
+                let (rest, extension) = name.split_once('.').unwrap();
+                let bytes = fs::read(file.path()).unwrap();
+                let checksum = format!("{}{rest}", folder.file_name().display());
+                let object = Object {
+                    kind: Kind::from_extension(extension).unwrap(),
+                    checksum: checksum.parse().unwrap(),
+                    length: bytes.len() as u64,
+                    usize: bytes.len() as u64,
+                    sha256: Sha256::of(&bytes),
+                };
+                self.repository.files.insert(object.path(), bytes);
+                objects.push(object);
+            }
+        }
+        let index = objects::write(objects);
+        let path = format!("objects/index-{commit}");
+        let file = File {
+            path: path.parse().unwrap(),
+            length: index.len() as u64,
+            sha256: Sha256::of(&index),
+        };
+        self.repository.files.insert(path, index);
+        Objects { index: file }
+    }
+
+    /// Publishes a release that can be reached so.
+    pub fn release(
+        &mut self,
+        version: &str,
+        commit: Commit,
+        deltas: Vec<Delta>,
+        objects: Option<Objects>,
+    ) {
         let name = commit.to_string();
         let object = format!("server/objects/{}/{}.commit", &name[..2], &name[2..]);
         let object = fs::read(self.path(&object)).unwrap();
-        let mut deltas = vec![delta];
-        spoil(&mut deltas);
         self.serial += 1;
-        self.repository
-            .release_of("stable", version, self.serial, &object, deltas);
+        let serial = self.serial;
+        (self.repository).release_of("stable", version, serial, &object, deltas, objects);
         self.repository.publish();
         self.upload();
-        commit
     }
 
     /// Makes what is published what the server has.

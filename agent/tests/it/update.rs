@@ -376,7 +376,8 @@ async fn a_delta_to_another_commit_is_given_up_with_nothing_written_outside_the_
         Phase::Staging {
             from: machine.factory,
             target,
-            attempts: 1
+            attempts: 1,
+            way: 1,
         }
     );
     daemon.waits(Why::Rejected).await;
@@ -522,6 +523,129 @@ async fn an_update_comes_from_a_directory_as_from_a_server() {
             .iter()
             .any(|request| request.path.contains("/deltas/"))
     );
+}
+
+/// The paths that were asked for below one folder.
+fn asked(server: &crate::server::Server, folder: &str) -> Vec<String> {
+    let requests = server.requests().into_iter();
+    let paths = requests.filter_map(|request| {
+        let path = request.path.strip_prefix("/base/")?;
+        path.starts_with(folder).then(|| path.to_owned())
+    });
+    paths.collect()
+}
+
+#[tokio::test]
+async fn a_device_that_is_far_behind_goes_from_delta_to_delta() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    let versions = ["two", "three", "four", "five", "six"];
+    let commits = versions.map(|version| machine.bench.release(version, version));
+    let mut from = machine.factory;
+    let mut deltas = Vec::new();
+    for commit in commits {
+        let mut delta = machine.delta(Some(from), commit);
+        delta.to = Some(commit);
+        deltas.push(delta);
+        from = commit;
+    }
+    let target = commits[4];
+    deltas[4].to = None;
+    machine.release("six", target, deltas, None);
+    let booted = Daemon::start(&machine).until_reboot(&machine).await;
+    assert_eq!(booted.commit, target);
+    let superblocks = asked(&server, "deltas/");
+    let superblocks: Vec<_> = superblocks
+        .iter()
+        .filter(|path| path.ends_with("superblock"))
+        .collect();
+    assert_eq!(superblocks.len(), 5);
+    assert_eq!(machine.deployments(), [target, machine.factory]);
+}
+
+#[tokio::test]
+async fn without_a_delta_only_the_missing_objects_are_fetched() {
+    for protocol in ["h2", "http/1.1"] {
+        let mut machine = Machine::speaking(protocol);
+        let server = machine.server().await;
+        let target = machine.bench.release("two", "changed");
+        let objects = machine.objects(target);
+        let full = machine.delta(None, target);
+        // The delta from nothing is larger than the index; the objects are fewer bytes still.
+        machine.release("two", target, vec![full], Some(objects));
+        let booted = Daemon::start(&machine).until_reboot(&machine).await;
+        assert_eq!(booted.commit, target);
+        let fetched = asked(&server, "objects/");
+        let all = machine.repository.files.keys();
+        let all = all.filter(|path| path.starts_with("objects/")).count();
+        assert!(fetched.len() > 1 && fetched.len() < all, "{fetched:?}");
+        assert_eq!(asked(&server, "deltas/"), [""; 0]);
+        let mut once = fetched.clone();
+        once.sort();
+        once.dedup();
+        assert_eq!(once.len(), fetched.len());
+    }
+}
+
+#[tokio::test]
+async fn a_way_that_fails_is_given_up_for_the_next_one_and_that_is_remembered() {
+    let mut machine = Machine::speaking("h2");
+    let server = machine.server().await;
+    let target = machine.bench.release("two", "changed");
+    let objects = machine.objects(target);
+    let delta = machine.delta(Some(machine.factory), target);
+    machine.release("two", target, vec![delta], Some(objects));
+    machine.twisted(|request, mut answer| {
+        if request.path.ends_with("/0") {
+            answer.body[5] ^= 1;
+        }
+        answer
+    });
+    let mut daemon = Daemon::start(&machine);
+    daemon
+        .wait(|status| matches!(status.phase, Phase::Staging { way: 1, .. }))
+        .await;
+    // It is remembered across a power cut, and the delta is left alone.
+    daemon.cut();
+    machine.power_on();
+    let before = asked(&server, "deltas/").len();
+    let booted = Daemon::start(&machine).until_reboot(&machine).await;
+    assert_eq!(booted.commit, target);
+    assert_eq!(asked(&server, "deltas/").len(), before);
+    assert!(!asked(&server, "objects/").is_empty());
+}
+
+#[tokio::test]
+async fn an_object_that_is_not_what_was_signed_never_reaches_the_repository() {
+    let mut machine = Machine::speaking("h2");
+    let _server = machine.server().await;
+    let target = machine.bench.release("two", "changed");
+    let objects = machine.objects(target);
+    machine.release("two", target, vec![], Some(objects));
+    machine.twisted(|request, mut answer| {
+        if request.path.ends_with(".filez") {
+            answer.body[5] ^= 1;
+        }
+        answer
+    });
+    let count = |machine: &Machine| {
+        let objects = machine.path("sysroot/ostree/repo/objects");
+        fs::read_dir(objects).unwrap().count()
+    };
+    let before = count(&machine);
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon
+        .wait(|status| {
+            status
+                .failure
+                .as_ref()
+                .is_some_and(|failure| failure.times >= 2)
+        })
+        .await;
+    assert_eq!(status.failure.unwrap().step, "fetch");
+    assert_eq!(count(&machine), before);
+    machine.twisted(|_, answer| answer);
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
 }
 
 /// What the configuration says besides, for a machine whose server runs.

@@ -248,6 +248,9 @@ mod tests {
         tar.append_data(&mut header, "usr/file", &b"abc"[..])
             .unwrap();
         let whole = tar.into_inner().unwrap();
+        let mut renamed = whole.clone();
+        renamed[0] ^= 1;
+        Reader::new(&renamed[..]).next().unwrap_err();
         for at in 0..whole.len() {
             for byte in [0, 0xff, b'9'] {
                 let mut spoilt = whole.clone();

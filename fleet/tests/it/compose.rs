@@ -347,7 +347,7 @@ fn a_tar_that_cannot_be_a_release_is_refused_and_leaves_no_branch() {
         }),
         ("climbs", |tar| {
             let mut header = header();
-            header.as_mut_bytes()[..9].copy_from_slice(b"usr/../..");
+            header.as_mut_bytes()[..9].copy_from_slice(b"usr/../up");
             header.set_size(0);
             header.set_cksum();
             tar.append(&header, std::io::empty())

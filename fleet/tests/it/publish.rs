@@ -106,9 +106,15 @@ fn nothing_that_exists_is_overwritten() {
 
 #[test]
 fn keys_are_the_operators_and_what_is_public_is_everybodys() {
+    for umask in ["077", "000"] {
+        keys_are_the_operators(umask);
+    }
+}
+
+fn keys_are_the_operators(umask: &str) {
     let bench = Bench::empty();
     let program = env!("CARGO_BIN_EXE_offshoot-fleet");
-    let script = format!("umask 077 && {program} --fleet fleet init --hardware=qemu-x86_64");
+    let script = format!("umask {umask} && {program} --fleet fleet init --hardware=qemu-x86_64");
     let output = std::process::Command::new("sh")
         .args(["-c", &script])
         .current_dir(bench.path(""))
@@ -287,6 +293,30 @@ fn a_channel_more_has_its_own_key_and_the_devices_of_the_others_go_on() {
     assert_eq!(checked(&bench.public(), &release), "1.0.0");
     let status = bench.run(&["status"]);
     assert_eq!(status["channels"].as_object().unwrap().len(), 3);
+    let targets = fs::read(bench.public().join("metadata/2.targets.json")).unwrap();
+    let targets: Value = serde_json::from_slice(&targets).unwrap();
+    let delegations = &targets["signed"]["delegations"];
+    let channels = ["stable", "beta", "nightly"];
+    for (delegation, channel) in delegations["roles"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .zip(channels)
+    {
+        assert_eq!(
+            (
+                &delegation["name"],
+                &delegation["terminating"],
+                &delegation["paths"]
+            ),
+            (
+                &json!(channel),
+                &json!(true),
+                &json!([format!("{channel}/*/*")])
+            )
+        );
+    }
+    assert_eq!(delegations["keys"].as_object().unwrap().len(), 3);
 }
 
 #[test]
@@ -314,6 +344,10 @@ fn damage_is_told_and_not_published_over() {
         let bytes = original(&path);
         fs::remove_file(&path).unwrap();
         assert_eq!(kinds(&bench.run(&["status"])), [kind], "{path:?}");
+        if !path.to_str().unwrap().ends_with("commit") {
+            fs::write(&path, &bytes[1..]).unwrap();
+            assert_eq!(kinds(&bench.run(&["status"])), [kind], "{path:?}");
+        }
         fs::write(&path, bytes).unwrap();
     }
     // The beta channel would use the same delta.

@@ -19,7 +19,7 @@ fn python_tuf_verifies_what_is_published_and_downloads_the_commit() {
     let url = url.unwrap();
     let mut read = |targets: &[&str]| {
         let call = json!({"do": "read", "by": {
-            "url": url, "root": bench.path("fleet/root.json"), "directory": bench.path("python"), "targets": targets,
+            "url": url, "root": bench.path("fleet/public/metadata/1.root.json"), "directory": bench.path("python"), "targets": targets,
         }});
         python.call(&call)
     };
@@ -28,7 +28,8 @@ fn python_tuf_verifies_what_is_published_and_downloads_the_commit() {
         empty,
         json!({"root": 1, "timestamp": 1, "snapshot": 1, "targets": 1})
     );
-    for version in ["1.0.0", "1.1.0"] {
+    // It has the first root, and follows.
+    for (roots, version) in (1..).step_by(2).zip(["1.0.0", "1.1.0"]) {
         let commit = bench.compose(version, 1000);
         bench.publish("stable", version, &["--full"]);
         let target = |kind: &str| format!("stable/qemu-x86_64/{version}.{kind}");
@@ -43,6 +44,10 @@ fn python_tuf_verifies_what_is_published_and_downloads_the_commit() {
         assert_eq!(Sha256::of(&file(&object)).to_string(), commit);
         let manifest: Value = serde_json::from_slice(&file(&manifest)).unwrap();
         assert_eq!(manifest["commit"], json!(commit));
+        assert_eq!(found["versions"]["root"], roots);
+        for role in ["root", "timestamp", "stable"] {
+            bench.run(&["rotate", role]);
+        }
     }
 }
 

@@ -161,6 +161,28 @@ fn a_device_polls_downloads_and_finds_the_server_again() {
     // Started again it has another certificate, of the same authority, and a half file is continued.
     let serving = Serving::start(&bench, &["--name=server.example", "--name=10.0.2.2"]);
     assert_eq!(fs::read(serving.ca()).unwrap(), authority);
+    for name in ["server.example", "localhost"] {
+        let port = serving.ready["listen"]
+            .as_str()
+            .unwrap()
+            .rsplit_once(':')
+            .unwrap()
+            .1;
+        let output = Command::new("curl")
+            .args([
+                "--silent",
+                "--fail",
+                "--output",
+                "/dev/null",
+                "--cacert",
+                serving.ca(),
+            ])
+            .args(["--resolve", &format!("{name}:{port}:127.0.0.1")])
+            .arg(format!("https://{name}:{port}/metadata/timestamp.json"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{name}: {output:?}");
+    }
     let mut server = client(&serving);
     let directory = fs::read_dir(bench.public().join("deltas"))
         .unwrap()

@@ -42,8 +42,22 @@ struct Arguments {
 enum Verb {
     /// The deployments in boot order, and the free space. Writes nothing, takes no lock.
     Status,
-    /// Whether a commit is complete in the repository. Writes nothing, takes no lock.
+    /// Which commits are complete in the repository. Writes nothing, takes no lock.
     Stored {
+        #[arg(long, required = true)]
+        commit: Vec<Commit>,
+    },
+    /// Which objects of an index are not in the repository. Writes nothing, takes no lock.
+    Missing {
+        #[arg(long)]
+        index: PathBuf,
+    },
+    /// Stores the objects of an index that are missing, from a directory with `<checksum>.<kind>` files, and so the commit.
+    Import {
+        #[arg(long)]
+        index: PathBuf,
+        #[arg(long)]
+        spool: PathBuf,
         #[arg(long)]
         commit: Commit,
     },
@@ -122,7 +136,13 @@ fn run(arguments: &Arguments) -> Result<serde_json::Value, Failure> {
     let lock = || Sysroot::lock(&arguments.sysroot, &arguments.bootloader_generator);
     let value = match &arguments.verb {
         Verb::Status => json!(look()?.status()?),
-        Verb::Stored { commit } => json!(look()?.stored(*commit)?),
+        Verb::Stored { commit } => json!(look()?.stored(commit)?),
+        Verb::Missing { index } => json!(look()?.missing(index)?),
+        Verb::Import {
+            index,
+            spool,
+            commit,
+        } => json!(lock()?.import(index, spool, *commit)?),
         Verb::Preflight { unpacked } => json!(look()?.preflight(*unpacked)?),
         Verb::Apply { spool, commit } => json!(lock()?.apply(spool, *commit)?),
         Verb::Deploy { commit } => json!(lock()?.deploy(*commit)?),

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use offshoot::commit::Commit;
-use offshoot::deployment::{Deployment, Deployments, Done, Failure, FailureKind, Stored};
+use offshoot::deployment::{Deployment, Deployments, Done, Failure, FailureKind, Missing, Stored};
+use offshoot::objects::{self, Kind, Object};
 use ostree::gio::Cancellable;
 use ostree::gio::prelude::*;
 use ostree::{RepoCommitState, RepoPruneFlags, SysrootWriteDeploymentsOpts, gio, glib};
@@ -46,6 +47,64 @@ fn ostree(doing: &str, error: &glib::Error) -> Failure {
 
 fn loading(path: &Path, error: &glib::Error) -> Failure {
     ostree(&format!("loading the sysroot {}", path.display()), error)
+}
+
+fn read_index(path: &Path) -> Result<Vec<Object>, Failure> {
+    let corrupt = |error: String| {
+        failure(
+            FailureKind::CorruptDelta,
+            format!("{}: {error}", path.display()),
+        )
+    };
+    let bytes = std::fs::read(path).map_err(|error| corrupt(error.to_string()))?;
+    objects::parse(&bytes).map_err(|error| corrupt(error.to_string()))
+}
+
+fn kind_of(object: &Object) -> ostree::ObjectType {
+    match object.kind {
+        Kind::Commit => ostree::ObjectType::Commit,
+        Kind::File => ostree::ObjectType::File,
+        Kind::DirMeta => ostree::ObjectType::DirMeta,
+        Kind::DirTree => ostree::ObjectType::DirTree,
+    }
+}
+
+/// One object into the transaction. libostree computes its checksum once more, and takes nothing else under that name.
+fn store(repo: &ostree::Repo, object: &Object, file: &Path) -> Result<(), Failure> {
+    let corrupt = |error: &dyn std::fmt::Display| {
+        failure(
+            FailureKind::CorruptDelta,
+            format!("{}: {error}", file.display()),
+        )
+    };
+    let checksum = object.checksum.to_string();
+    let say = |error: glib::Error| match ostree("storing an object", &error) {
+        Failure {
+            kind: FailureKind::Ostree,
+            ..
+        } => corrupt(&error.message()),
+        failure => failure,
+    };
+    if object.kind != Kind::File {
+        let bytes = std::fs::read(file).map_err(|error| corrupt(&error))?;
+        let kind = match object.kind {
+            Kind::Commit => ostree::COMMIT_GVARIANT_STRING,
+            Kind::DirMeta => ostree::DIRMETA_GVARIANT_STRING,
+            Kind::DirTree | Kind::File => ostree::TREE_GVARIANT_STRING,
+        };
+        let kind = glib::VariantTy::new(kind).map_err(|error| corrupt(&error))?;
+        let variant = glib::Variant::from_bytes_with_type(&glib::Bytes::from_owned(bytes), kind);
+        repo.write_metadata(kind_of(object), Some(&checksum), &variant, NONE)
+            .map_err(say)?;
+        return Ok(());
+    }
+    let (input, info, xattrs) =
+        ostree::content_file_parse(true, &gio::File::for_path(file), false, NONE).map_err(say)?;
+    let (stream, length) =
+        ostree::raw_file_to_content_stream(&input, &info, Some(&xattrs), NONE).map_err(say)?;
+    repo.write_content(Some(&checksum), &stream, length, NONE)
+        .map_err(say)?;
+    Ok(())
 }
 
 impl Sysroot {
@@ -144,15 +203,38 @@ impl Sysroot {
         })
     }
 
-    pub(crate) fn stored(&self, commit: Commit) -> Result<Stored, Failure> {
+    pub(crate) fn stored(&self, commits: &[Commit]) -> Result<Stored, Failure> {
+        let mut complete = Vec::new();
+        for commit in commits {
+            if self.is_complete(*commit)? {
+                complete.push(*commit);
+            }
+        }
+        Ok(Stored { complete })
+    }
+
+    fn is_complete(&self, commit: Commit) -> Result<bool, Failure> {
         match self.verify_complete(commit, false) {
-            Ok(()) => Ok(Stored { complete: true }),
+            Ok(()) => Ok(true),
             Err(Failure {
                 kind: FailureKind::IncompleteCommit,
                 ..
-            }) => Ok(Stored { complete: false }),
+            }) => Ok(false),
             Err(failure) => Err(failure),
         }
+    }
+
+    pub(crate) fn missing(&self, index: &Path) -> Result<Missing, Failure> {
+        let objects = read_index(index)?;
+        let missing = objects.iter().map(|object| self.is_missing(object));
+        Ok(Missing::new(&missing.collect::<Result<Vec<_>, _>>()?))
+    }
+
+    fn is_missing(&self, object: &Object) -> Result<bool, Failure> {
+        self.repo
+            .has_object(kind_of(object), &object.checksum.to_string(), NONE)
+            .map(|has| !has)
+            .map_err(|error| ostree("reading the repository", &error))
     }
 
     /// Before the first byte: that what is to come fits, in numbers.
@@ -305,7 +387,7 @@ impl Locked {
     /// Cut anywhere: objects are whole or absent, and the commit counts only when all are there.
     pub(crate) fn apply(&self, spool: &Path, commit: Commit) -> Result<Done, Failure> {
         let Sysroot { repo, .. } = &self.sysroot;
-        if self.sysroot.stored(commit)?.complete {
+        if self.sysroot.is_complete(commit)? {
             return Ok(Done { changed: false });
         }
         let delta = |error: &glib::Error| match ostree("applying the delta", error) {
@@ -332,6 +414,36 @@ impl Locked {
             return Err(failure(FailureKind::CorruptDelta, message));
         }
         repo.transaction_set_ref(None, STAGED, Some(&checksum));
+        repo.commit_transaction(NONE)
+            .map_err(|error| ostree("committing the transaction", &error))?;
+        self.sysroot.verify_complete(commit, false)?;
+        Ok(Done { changed: true })
+    }
+
+    /// Cut anywhere: as [`Self::apply`].
+    pub(crate) fn import(
+        &self,
+        index: &Path,
+        spool: &Path,
+        commit: Commit,
+    ) -> Result<Done, Failure> {
+        let Sysroot { repo, .. } = &self.sysroot;
+        if self.sysroot.is_complete(commit)? {
+            return Ok(Done { changed: false });
+        }
+        let objects = read_index(index)?;
+        repo.prepare_transaction(NONE)
+            .map_err(|error| ostree("beginning a transaction", &error))?;
+        let stored = objects
+            .iter()
+            .filter(|object| !matches!(self.sysroot.is_missing(object), Ok(false)))
+            .try_for_each(|object| store(repo, object, &spool.join(object.to_string())));
+        if let Err(failure) = stored {
+            repo.abort_transaction(NONE)
+                .map_err(|error| ostree("aborting the transaction", &error))?;
+            return Err(failure);
+        }
+        repo.transaction_set_ref(None, STAGED, Some(&commit.to_string()));
         repo.commit_transaction(NONE)
             .map_err(|error| ostree("committing the transaction", &error))?;
         self.sysroot.verify_complete(commit, false)?;
