@@ -281,7 +281,6 @@ impl<G: Goal> Refresh<G> {
 
     fn kept(&mut self, accepted: Accepted<G>) -> Result<State<G>, Refusal> {
         self.unchanged &= matches!(accepted, Accepted::Root { .. });
-        let floors = std::mem::take(&mut self.floors);
         match accepted {
             Accepted::Root {
                 root,
@@ -289,33 +288,22 @@ impl<G: Goal> Refresh<G> {
                 hops,
             } => {
                 self.root = root.verified;
-                self.floors = floors;
                 self.forget_fallen();
                 self.floors = std::mem::take(&mut self.floors).raised_by(&self.root, None, None);
                 self.next_root(timestamp, hops + 1)
             }
-            Accepted::Timestamp(fresh) => {
-                let timestamp = &fresh.timestamp.verified;
-                self.floors = floors.raised_by(&self.root, Some(timestamp), None);
-                self.after_timestamp(fresh)
-            }
-            Accepted::Snapshot(chain) => {
-                let snapshot = &chain.snapshot.verified;
-                self.floors = floors.raised_by(&self.root, None, Some(snapshot));
-                self.search(chain)
-            }
+            Accepted::Timestamp(fresh) => self.after_timestamp(fresh),
+            Accepted::Snapshot(chain) => self.search(chain),
             Accepted::Role {
                 chain,
                 search,
                 role,
             } => {
-                self.floors = floors;
                 let name = role.verified.name().to_owned();
                 self.held.roles.insert(name, role.bytes);
                 self.visit(chain, search, &role.verified)
             }
             Accepted::Target { chain, found, .. } => {
-                self.floors = floors;
                 let found = Some(found);
                 Ok(State::Done { chain, found })
             }

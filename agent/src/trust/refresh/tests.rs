@@ -609,6 +609,31 @@ fn clause_5_3_11_a_rotated_online_key_recovers_from_a_fast_forward() {
     }
 }
 
+/// The timestamp that was signed beside the stolen snapshot key is forgotten with it: a new one may have the same version.
+#[test]
+fn clause_5_3_11_a_timestamp_is_forgotten_with_the_snapshots_key() {
+    let honest = Repository::new();
+    let mut device = Device::new(&honest);
+    let mut attacked = honest.clone();
+    attacked.snapshot.version = version(u64::MAX - 1);
+    attacked.publish();
+    device.refresh(&attacked).unwrap();
+    let mut recovered = honest;
+    recovered.root.version = version(2);
+    recovered.root.keys.extend(fixture::keys(&[21]));
+    recovered
+        .root
+        .roles
+        .insert("snapshot".into(), fixture::signers(&[21], 1));
+    recovered.publish_root(&ROOT_KEYS);
+    recovered.snapshot_key = 21;
+    recovered.release("stable", "2.0", 2);
+    recovered.publish();
+    assert_eq!(device.store.floors().timestamp, 2);
+    assert_eq!(release(device.refresh(&recovered)), Ok(Some("2.0".into())));
+    assert_eq!(device.store.floors().timestamp, 2);
+}
+
 #[test]
 fn a_key_that_was_taken_away_and_given_back_has_lost_its_floors() {
     let mut repository = Repository::new();

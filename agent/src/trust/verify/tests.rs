@@ -1134,6 +1134,32 @@ fn clause_5_3_11_floors_rise_and_fall_only_when_an_online_key_is_taken_away() {
 }
 
 #[test]
+fn clause_5_6_7_1_a_role_has_no_target_outside_of_its_scope() {
+    let (stable, _) = Repository::new().channels["stable"].clone();
+    let path = "stable/qemu-x86_64/1.0.commit";
+    let found = |scope| {
+        let role = Role {
+            name: "stable".to_owned(),
+            scope,
+            targets: Verified(stable.clone()),
+        };
+        assert_eq!(role.target("stable/qemu-x86_64/9.9.commit"), None);
+        role.target(path).map(|target| target.0.path)
+    };
+    let paths = |pattern: &str| Scope::Paths(vec![pattern.to_owned()]);
+    for scope in [Scope::All, paths("stable/*/*")] {
+        assert_eq!(found(scope), Some(path.to_owned()));
+    }
+    for scope in [
+        paths("beta/*/*"),
+        Scope::Paths(vec![]),
+        Scope::HashPrefixes(vec!["zz".into()]),
+    ] {
+        assert_eq!(found(scope), None);
+    }
+}
+
+#[test]
 fn clause_4_5_a_role_is_delegated_to_once_in_one_way_and_by_a_name_that_is_free() {
     let repository = Repository::new();
     let mut chain = chain(&repository);

@@ -55,6 +55,8 @@ fn clause_5_2_the_expiry_of_the_first_root_does_not_matter() {
     let device = peer.device();
     device.init(&peer.read("2.root.json")).unwrap();
     assert_eq!(expired(device.refresh()), "root");
+    // 5.3.10: before anything else is asked for.
+    assert_eq!(peer.requested(), ["metadata/3.root.json"]);
     peer.by(
         "set",
         json!({"role": "root", "expires": "2035-01-01T00:00:00+00:00"}),

@@ -239,6 +239,12 @@ fn clause_5_6_7_2_a_delegation_may_be_by_how_the_digest_of_the_path_begins() {
     let device = peer.device();
     assert_eq!(device.download(&["one", "two"]), Ok(()));
     assert_eq!(device.downloaded(), ["one of bin-7", "two of bin-3"]);
+    // Both searches begin at the top-level targets, which came once.
+    let requested = peer.requested();
+    let top = requested
+        .iter()
+        .filter(|path| path.ends_with(".targets.json"));
+    assert_eq!(top.count(), 1);
     assert_eq!(device.download(&["three"]), no_such_target("three"));
 }
 
