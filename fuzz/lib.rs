@@ -93,7 +93,7 @@ fn targets(version: Version, bytes: &[u8]) {
             break;
         };
         drop(any.sought(&role));
-        search.descend(&role, |delegated| any.leads(&role, delegated));
+        search.descend(&role, |delegated| any.leads(delegated));
     }
     assert!(search.visited().len() <= verify::MAX_ROLES + 1);
     let newest = Newest {

@@ -29,8 +29,8 @@ pub trait Goal {
     /// What a refusal calls it.
     fn wanted(&self) -> String;
 
-    /// Whether the search goes on from one role to another (5.6.7.2).
-    fn leads(&self, from: &Role, to: &Delegated) -> bool;
+    /// Whether the search goes on to this role (5.6.7.2).
+    fn leads(&self, to: &Delegated) -> bool;
 
     /// What this role says of it, if anything (5.6.7.1).
     fn sought(&self, role: &Role) -> Result<Option<Self::Target>, Refusal>;
@@ -79,8 +79,9 @@ impl Goal for Newest {
         format!("the channel {}", self.channel)
     }
 
-    fn leads(&self, from: &Role, to: &Delegated) -> bool {
-        from.name() == "targets" && to.name() == self.channel.as_str()
+    /// Once there, it leads nowhere else.
+    fn leads(&self, to: &Delegated) -> bool {
+        to.name() == self.channel.as_str()
     }
 
     fn sought(&self, role: &Role) -> Result<Option<Verified<Entry>>, Refusal> {
@@ -120,7 +121,7 @@ impl Goal for AnyTarget {
         format!("the target {:?}", self.path)
     }
 
-    fn leads(&self, _: &Role, to: &Delegated) -> bool {
+    fn leads(&self, to: &Delegated) -> bool {
         to.may_sign(&self.path)
     }
 
@@ -158,7 +159,7 @@ impl Goal for TopLevel {
         "nothing".to_owned()
     }
 
-    fn leads(&self, _: &Role, _: &Delegated) -> bool {
+    fn leads(&self, _: &Delegated) -> bool {
         false
     }
 

@@ -526,7 +526,7 @@ impl<G: Goal> Refresh<G> {
     ) -> Result<State<G>, Refusal> {
         self.visited.insert(role.name().to_owned());
         let Some(target) = self.goal.sought(role)? else {
-            search.descend(role, |delegated| self.goal.leads(role, delegated));
+            search.descend(role, |delegated| self.goal.leads(delegated));
             return self.search_on(chain, search);
         };
         let file = G::file(&target);
