@@ -240,9 +240,7 @@ impl Daemon {
         if let Some(path) = aside {
             tracing::error!(MESSAGE_ID = events::DAMAGED, FILE = %path.display(), "the month's count was corrupt: set aside as {}", path.display());
         }
-        let offer = trust
-            .accepted(&channel, &hardware)
-            .context("reading the metadata that was accepted before")?;
+        let offer = trust.accepted(&channel, &hardware);
         let observed = device
             .observe(
                 offer.as_ref(),

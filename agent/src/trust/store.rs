@@ -115,8 +115,13 @@ impl Store {
     }
 
     /// The release that was last accepted for this channel and hardware, without looking at the clock. `None` if it is not all
-    /// there, or is no longer listed.
-    pub fn accepted(
+    /// there, or is no longer listed, or those who signed for it may not any more: why, the next refresh says.
+    pub fn accepted(&self, channel: &RoleName, hardware: &HardwareId) -> Option<Verified<Release>> {
+        // Files of two publications may be here, and none of them may keep a device from starting.
+        self.release(channel, hardware).unwrap_or(None)
+    }
+
+    fn release(
         &self,
         channel: &RoleName,
         hardware: &HardwareId,
@@ -131,11 +136,10 @@ impl Store {
         };
         let targets = verify::signed_role(&Delegated::top(&self.stored_root())?, targets)?;
         let role = verify::signed_role(&verify::channel_role(&targets, channel)?, bytes)?;
-        let channel = Channel::new(channel.clone(), role);
-        let Some(entry) = channel.of_manifest(hardware, manifest)? else {
-            return Ok(None);
-        };
-        verify::accept_manifest(&entry, manifest).map(Some)
+        match Channel::new(channel.clone(), role).of_manifest(hardware, manifest) {
+            Some(entry) => verify::accept_manifest(&entry, manifest).map(Some),
+            None => Ok(None),
+        }
     }
 
     pub(super) fn files(&self) -> &Files {

@@ -501,8 +501,7 @@ fn clause_5_4_5_5_5_7_5_6_6_what_was_accepted_is_kept_although_the_refresh_stops
             }
             let accepted = device
                 .store
-                .accepted(&fixture::channel("stable"), &fixture::hardware())
-                .unwrap();
+                .accepted(&fixture::channel("stable"), &fixture::hardware());
             let version = |release: Verified<Release>| release.manifest.version.to_string();
             assert_eq!(accepted.map(version), Some("1.0".into()));
             device.restart(&repository);

@@ -40,9 +40,7 @@ fn copy(from: &Path) -> tempfile::TempDir {
 }
 
 fn accepted(store: &Store) -> Option<Commit> {
-    let release = store
-        .accepted(&fixture::channel("stable"), &hardware())
-        .unwrap();
+    let release = store.accepted(&fixture::channel("stable"), &hardware());
     release.map(|release| release.manifest.commit)
 }
 
@@ -60,13 +58,10 @@ fn what_was_accepted_before_a_restart_is_accepted_after_it() {
     let store = open(directory.path());
     assert_eq!(accepted(&store), Some(commit("1.0")));
     assert_eq!(set_aside(&store), [] as [&str; 0]);
-    assert_eq!(
-        store.accepted(&fixture::channel("beta"), &hardware()),
-        Ok(None)
-    );
+    assert_eq!(store.accepted(&fixture::channel("beta"), &hardware()), None);
     assert_eq!(
         store.accepted(&fixture::channel("stable"), &"other".parse().unwrap()),
-        Ok(None)
+        None
     );
 }
 
@@ -338,6 +333,82 @@ fn a_release_that_its_channel_no_longer_lists_is_not_accepted_any_more() {
     assert!(refresh(&repository, &mut store).is_err());
     assert_eq!(accepted(&store), None);
     assert_eq!(accepted(&open(directory.path())), None);
+}
+
+/// What a refusal leaves on the disk is read at the next start, and must not prevent it.
+#[test]
+fn files_of_two_publications_are_no_error() {
+    type Publish = fn(&mut Repository);
+    let cases: [(Publish, Option<&str>); 4] = [
+        // A release that says it is for another hardware, beside the accepted one.
+        (
+            |repository| {
+                repository.release("stable", "2.0", 2);
+                let (stable, _) = repository.channels.get_mut("stable").unwrap();
+                let file = stable
+                    .targets
+                    .get_mut("stable/qemu-x86_64/2.0.commit")
+                    .unwrap();
+                file.custom.as_mut().unwrap()["offshoot"]["hardware"] = serde_json::json!(["b"]);
+                repository.publish();
+            },
+            Some("1.0"),
+        ),
+        // The channel is no more.
+        (
+            |repository| {
+                let delegations = repository.targets.delegations.as_mut().unwrap();
+                delegations.roles.remove(0);
+                repository.publish();
+            },
+            None,
+        ),
+        // The channel has another key, and what that signed is not there yet.
+        (
+            |repository| {
+                let delegations = repository.targets.delegations.as_mut().unwrap();
+                delegations.keys.extend(fixture::keys(&[41]));
+                delegations.roles[0].signers = fixture::signers(&[41], 1);
+                repository.publish();
+                repository.files.remove("metadata/2.stable.json");
+            },
+            None,
+        ),
+        // Only the targets are newer, and what the channel says is not there yet.
+        (
+            |repository| {
+                repository.publish();
+                repository.files.remove("metadata/2.stable.json");
+            },
+            Some("1.0"),
+        ),
+    ];
+    for (index, (publish, want)) in cases.into_iter().enumerate() {
+        let mut repository = Repository::new();
+        let directory = filled(&repository);
+        let mut store = open(directory.path());
+        publish(&mut repository);
+        assert!(refresh(&repository, &mut store).is_err(), "{index}");
+        let want = want.map(commit);
+        assert_eq!(accepted(&store), want, "{index}");
+        assert_eq!(accepted(&open(directory.path())), want, "{index}");
+    }
+}
+
+#[test]
+fn a_role_has_one_file_name() {
+    for (name, file) in [
+        ("stable", "stable"),
+        ("../a", "..%2Fa"),
+        ("50%", "50%25"),
+        ("\u{fc}", "%C3%BC"),
+    ] {
+        assert_eq!(quoted(name), file);
+        assert_eq!(unquoted(file).as_deref(), Some(name));
+    }
+    for file in ["%73table", "..%2fa", "50%", "50%2", "a b", "%FF", "%+1"] {
+        assert_eq!(unquoted(file), None, "{file}");
+    }
 }
 
 #[test]

@@ -77,20 +77,18 @@ impl Channel {
         Ok(found.map(Verified))
     }
 
-    /// The entry for `hardware` that names this manifest, which was fetched when it was the newest.
+    /// The entry for `hardware` that names this manifest, which was fetched when it was the newest. What is wrong with others does
+    /// not matter: they are judged when they are to be taken.
     pub(in crate::trust) fn of_manifest(
         &self,
         hardware: &HardwareId,
         manifest: &[u8],
-    ) -> Result<Option<Verified<Entry>>, Refusal> {
+    ) -> Option<Verified<Entry>> {
         let digest = Sha256::of(manifest);
-        for entry in self.entries(hardware) {
-            let entry = entry?;
-            if entry.manifest.sha256 == digest {
-                return Ok(Some(Verified(entry)));
-            }
-        }
-        Ok(None)
+        self.entries(hardware)
+            .filter_map(Result::ok)
+            .find(|entry| entry.manifest.sha256 == digest)
+            .map(Verified)
     }
 
     fn entries<'a>(
