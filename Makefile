@@ -9,6 +9,7 @@ help:
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
 	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'
 	@echo 'make shell        a root shell on such a machine'
+	@echo 'make arm64        the programs of a device with an arm64 processor, in target/aarch64-unknown-linux-gnu/release'
 	@echo 'make setup        install what the others need (Debian bookworm or trixie, as root; they call it)'
 	@echo 'make clean-cache  forget the OS images built so far'
 
@@ -31,7 +32,10 @@ fuzz: setup
 shell: binaries
 	cargo run --locked --quiet --package qemu-tests -- shell
 
+arm64: setup
+	agent/cross-arm64
+
 clean-cache:
 	rm -rf "$(CACHE)"
 
-.PHONY: help setup binaries test conformance fuzz shell clean-cache
+.PHONY: help setup binaries test conformance fuzz shell arm64 clean-cache
