@@ -20,7 +20,7 @@ packages=(
     # The machine: its firmware, its disk overlays.
     ovmf qemu-utils util-linux
     # U-Boot, built from source, and the tools that share its environment.
-    gcc-aarch64-linux-gnu libc6-dev-arm64-cross bison flex bc libssl-dev u-boot-tools libubootenv-tool
+    gcc-aarch64-linux-gnu libc6-dev-arm64-cross bison flex bc bzip2 libssl-dev u-boot-tools libubootenv-tool
     # The device's programs for arm64 (agent/cross-arm64), and starting them.
     qemu-user-static
     # A web server that is not ours.
