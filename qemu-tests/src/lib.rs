@@ -7,10 +7,12 @@
 //! - [`uboot`]: a real U-Boot, alone.
 //! - [`vm`]: a machine with that disk: watched, asked, reset, and cut off from its power.
 //! - [`bench`]: all of these together.
+//! - [`demo`]: the main job, told live.
 //! - [`cache`]: what is kept between runs; [`host`]: the build host's tools.
 
 pub mod bench;
 pub mod cache;
+pub mod demo;
 pub mod fleet;
 pub mod host;
 pub mod image;

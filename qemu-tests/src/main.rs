@@ -1,11 +1,11 @@
-//! `qemu-tests`: builds the test bed's disk image, and offers a shell on a machine that runs it.
+//! `qemu-tests`: tells the main job live, builds the test bed's disk image, and offers a shell on a machine that runs it.
 
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use qemu_tests::cache::Cache;
-use qemu_tests::image;
 use qemu_tests::vm::{Options, Vm};
+use qemu_tests::{demo, image};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -26,6 +26,7 @@ fn main() -> Result<()> {
             // A day is longer than anybody types.
             Vm::boot_with(&image.disk, options)?.wait_for_power_off(Duration::from_secs(86_400))
         }
-        _ => bail!("usage: qemu-tests image|shell"),
+        ["demo"] => demo::demo(),
+        _ => bail!("usage: qemu-tests demo|image|shell"),
     }
 }

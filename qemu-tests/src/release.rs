@@ -36,6 +36,10 @@ pub struct Release {
     /// Told by `/usr/lib/bench/release`.
     pub version: String,
     pub fault: Option<Fault>,
+    /// It has another initramfs than the base OS, and so files of its own in /boot.
+    pub own_initramfs: bool,
+    /// Megabytes that compress to no less.
+    pub payload: usize,
 }
 
 /// What a device believes from the factory on: the TUF root, and who signs the server's certificate.
@@ -83,14 +87,16 @@ impl Release {
         Self {
             version: version.to_owned(),
             fault: None,
+            own_initramfs: false,
+            payload: 0,
         }
     }
 
     /// A release that goes wrong in the way of `fault`.
     pub fn bad(version: &str, fault: Fault) -> Self {
         Self {
-            version: version.to_owned(),
             fault: Some(fault),
+            ..Self::good(version)
         }
     }
 
@@ -104,6 +110,12 @@ impl Release {
             &format!("{}\n", self.version),
         )?;
         tree.odd_file(&self.version)?;
+        if self.own_initramfs {
+            tree.initramfs(base, "usr/lib/bench-release", self.version.as_bytes())?;
+        }
+        if self.payload > 0 {
+            tree.write("usr/lib/bench/payload", &noise(self.payload << 20), 0o644)?;
+        }
         match self.fault {
             None | Some(Fault::NoPrograms) => Ok(()),
             Some(Fault::KernelPanics) => tree.initramfs(base, "init", b"#!/usr/bin/bash\nexit 1\n"),
@@ -264,6 +276,37 @@ impl Overlay<'_> {
         push_cpio(&mut archive, name, 0o100_755, content);
         push_cpio(&mut archive, "TRAILER!!!", 0, b"");
         self.write(&path, &archive, 0o600)
+    }
+}
+
+/// Bytes that do not compress, the same at every call.
+fn noise(length: usize) -> Vec<u8> {
+    let mut random = Random(1);
+    std::iter::repeat_with(|| random.next().to_le_bytes())
+        .flatten()
+        .take(length)
+        .collect()
+}
+
+/// Numbers that look random, from a seed that can be told and given again (splitmix64).
+pub struct Random(pub u64);
+
+impl Random {
+    #[allow(
+        clippy::should_implement_trait,
+        reason = "it never ends, so there is nothing to iterate over"
+    )]
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
     }
 }
 

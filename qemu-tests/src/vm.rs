@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 pub use self::guest::Output;
-pub use self::options::{Observer, Options};
+pub use self::options::Options;
 pub use self::watch::{Event, Line};
 use self::watch::{Source, Watch};
 use crate::run;
@@ -73,7 +73,7 @@ impl Vm {
         )?;
         fs::copy(FIRMWARE_VARIABLES, directory.path().join("variables.fd"))
             .with_context(|| format!("copying {FIRMWARE_VARIABLES}: `make setup` installs it"))?;
-        let watch = Watch::new(options.observer.clone());
+        let watch = Watch::new();
         let mut vm = Self {
             options,
             directory,
@@ -175,6 +175,12 @@ impl Vm {
             .wait(&what, timeout, |watch| watch.next_serial(text))
     }
 
+    /// The next line of the serial console or entry of the journal, in the order of arrival; none if `deadline` comes first. Its place
+    /// is its own: other waits do not take lines away from it.
+    pub fn next_line(&mut self, deadline: Instant) -> Result<Option<Line>> {
+        self.watch.next_line(deadline)
+    }
+
     /// Waits until the machine resets, whoever did it: a reboot, the watchdog, a panic, the reset button.
     pub fn wait_for_reset(&mut self, timeout: Duration) -> Result<()> {
         self.watch
@@ -194,9 +200,9 @@ impl Vm {
         self.watch.count_qmp("RESET")
     }
 
-    /// How many journal entries with this message id were seen so far.
-    pub fn count_events(&self, message_id: &str) -> usize {
-        self.watch.count_events(message_id)
+    /// The journal entries with this message id that were seen so far, of all boots.
+    pub fn events(&self, message_id: &str) -> Vec<Event> {
+        self.watch.events(message_id)
     }
 
     /// Everything that was seen so far, for a failure's message.

@@ -34,13 +34,13 @@ impl Vm {
         Ok(bootloader.read()?)
     }
 
-    /// The commit of the deployment that the guest runs, read from the path that the kernel command line names.
+    /// The commit of the deployment that the guest runs: the directory of the root file system that is mounted as `/`.
     pub fn booted_commit(&mut self) -> Result<Commit> {
-        let script = "basename \"$(readlink --canonicalize \"/sysroot$(sed 's/.*ostree=\\([^ ]*\\).*/\\1/' /proc/cmdline)\")\"";
-        let deployment = self.ask(["/bin/sh", "-c", script])?;
+        let root = self.ask(["findmnt", "--noheadings", "--output=FSROOT", "/"])?;
+        let deployment = root.rsplit('/').next().unwrap_or_default();
         let commit = deployment.split('.').next().unwrap_or_default();
         commit
             .parse()
-            .with_context(|| format!("{deployment:?} is no deployment's name"))
+            .with_context(|| format!("{root:?} is no deployment"))
     }
 }

@@ -3,12 +3,6 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
-
-use super::Line;
-
-/// Called with every line as it arrives, from the threads that read them.
-pub type Observer = Arc<dyn Fn(&Line) + Send + Sync>;
 
 #[derive(Clone)]
 pub struct Options {
@@ -16,7 +10,6 @@ pub struct Options {
     pub memory_mib: u32,
     /// A console on this process's terminal, with a root shell; `ctrl-a x` leaves it.
     pub console: bool,
-    pub observer: Option<Observer>,
 }
 
 impl Default for Options {
@@ -25,7 +18,6 @@ impl Default for Options {
             processors: 1,
             memory_mib: 768,
             console: false,
-            observer: None,
         }
     }
 }

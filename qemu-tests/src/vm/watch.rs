@@ -12,9 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Map, Value};
 
-use super::options::Observer;
-
-/// What an observer is told.
+/// What is said by a machine.
 #[derive(Clone, Debug)]
 pub enum Line {
     /// A line on the serial console, without its escape sequences.
@@ -46,10 +44,11 @@ pub(super) enum Report {
 }
 
 pub(super) struct Watch {
-    observer: Option<Observer>,
     reports: Receiver<Report>,
     sender: Sender<Report>,
     start: Instant,
+    /// What nobody has asked for by [`Self::next_line`] yet.
+    lines: VecDeque<Line>,
     /// How many sockets are open.
     open: usize,
     serial: Vec<(Duration, String)>,
@@ -78,13 +77,13 @@ impl Event {
 }
 
 impl Watch {
-    pub(super) fn new(observer: Option<Observer>) -> Self {
+    pub(super) fn new() -> Self {
         let (sender, reports) = mpsc::channel();
         Self {
-            observer,
             reports,
             sender,
             start: Instant::now(),
+            lines: VecDeque::new(),
             open: 0,
             serial: Vec::new(),
             serial_place: 0,
@@ -110,24 +109,17 @@ impl Watch {
     pub(super) fn read(&mut self, source: Source, stream: UnixStream) {
         self.open += 1;
         let sender = self.sender.clone();
-        let observer = self.observer.clone();
         std::thread::spawn(move || {
             let mut lines = BufReader::new(stream);
             let mut bytes = Vec::new();
             // An error is an end too: QEMU was killed. Sending fails when nobody waits any more.
             while lines.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
                 let report = match source {
-                    Source::Serial => {
-                        let line = plain(&bytes);
-                        observe(&observer, || Line::Serial(line.clone()));
-                        Some(Report::Serial(line))
-                    }
+                    Source::Serial => Some(Report::Serial(plain(&bytes))),
                     // A line that a cut tore is not an entry; it comes again, whole, after the next boot.
-                    Source::Journal => serde_json::from_slice(&bytes).ok().map(|fields| {
-                        let event = Event(fields);
-                        observe(&observer, || Line::Journal(event.clone()));
-                        Report::Journal(event)
-                    }),
+                    Source::Journal => serde_json::from_slice(&bytes)
+                        .ok()
+                        .map(|fields| Report::Journal(Event(fields))),
                     Source::Qmp | Source::Agent => {
                         // The guest agent marks a synchronisation with a byte that is no JSON.
                         bytes.retain(|byte| *byte != 0xff);
@@ -176,12 +168,16 @@ impl Watch {
         };
         let at = self.start.elapsed();
         match report {
-            Report::Serial(line) => self.serial.push((at, line)),
+            Report::Serial(line) => {
+                self.lines.push_back(Line::Serial(line.clone()));
+                self.serial.push((at, line));
+            }
             Report::Journal(event) => {
                 let is_new = event
                     .field("__CURSOR")
                     .is_none_or(|cursor| self.cursors.insert(cursor.to_owned()));
                 if is_new {
+                    self.lines.push_back(Line::Journal(event.clone()));
                     self.events.push((at, event));
                 }
             }
@@ -216,6 +212,19 @@ impl Watch {
             );
         }
         Ok(())
+    }
+
+    /// The next line or entry, in the order of arrival; none if `deadline` comes first.
+    pub(super) fn next_line(&mut self, deadline: Instant) -> Result<Option<Line>> {
+        while self.lines.is_empty() {
+            if self.open == 0 {
+                bail!("QEMU has gone\n{}", self.tail(40));
+            }
+            if !self.take_in(deadline)? {
+                return Ok(None);
+            }
+        }
+        Ok(self.lines.pop_front())
     }
 
     pub(super) fn next_event(&mut self, wanted: impl Fn(&Event) -> bool) -> Option<Event> {
@@ -253,9 +262,10 @@ impl Watch {
         self.qmp_events.iter().filter(named).count()
     }
 
-    pub(super) fn count_events(&self, message_id: &str) -> usize {
-        let with_id = |(_, event): &&(Duration, Event)| event.message_id() == Some(message_id);
-        self.events.iter().filter(with_id).count()
+    pub(super) fn events(&self, message_id: &str) -> Vec<Event> {
+        let with_id = |event: &&Event| event.message_id() == Some(message_id);
+        let events = self.events.iter().map(|(_, event)| event);
+        events.filter(with_id).cloned().collect()
     }
 
     /// The next answer from QMP or the guest agent: what it returned, or its error.
@@ -320,12 +330,6 @@ pub(super) fn write_bytes(stream: &mut UnixStream, bytes: &[u8]) -> Result<()> {
     stream
         .write_all(bytes)
         .context("writing to QEMU: it has gone")
-}
-
-fn observe(observer: &Option<Observer>, line: impl FnOnce() -> Line) {
-    if let Some(observer) = observer {
-        observer(&line());
-    }
 }
 
 /// A line of a terminal's output without its line end, escape sequences and other control characters.

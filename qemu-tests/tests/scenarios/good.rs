@@ -1,14 +1,16 @@
 //! A release with nothing wrong.
 
 use bootloader_glue::protocol::Environment;
+use offshoot::decide::Why;
 use offshoot::events;
-use offshoot::record::Phase;
+use offshoot::record::{Phase, Reason};
+use offshoot::status::Boot;
 use qemu_tests::bench::{Bench, Web};
 use qemu_tests::release::{ETC_FILE, ODD_ATTRIBUTE, ODD_CAPABILITY, ODD_FILE, ODD_STAT, Release};
 use qemu_tests::vm::{Options, PATIENCE};
 
 #[test]
-fn a_good_release_is_confirmed_after_one_boot_and_keeps_what_is_the_devices() {
+fn a_good_release_is_confirmed_after_one_boot_and_given_up_when_it_cannot_be_loaded() {
     let mut bench = Bench::start(Web::Nginx, Options::default()).unwrap();
     bench.configure("").unwrap();
     let Bench { vm, .. } = &mut bench;
@@ -22,7 +24,11 @@ fn a_good_release_is_confirmed_after_one_boot_and_keeps_what_is_the_devices() {
         .ask(["stat", "--format=%i %Y %Z", "/var/lib/bench"])
         .unwrap();
 
-    let target = bench.publish(&Release::good("1.1.0")).unwrap();
+    let release = Release {
+        own_initramfs: true,
+        ..Release::good("1.1.0")
+    };
+    let target = bench.publish(&release).unwrap();
     let Bench {
         vm, server, first, ..
     } = &mut bench;
@@ -36,8 +42,6 @@ fn a_good_release_is_confirmed_after_one_boot_and_keeps_what_is_the_devices() {
     ] {
         vm.wait_for_event(event, PATIENCE).unwrap();
     }
-    vm.wait_for_serial("offshoot: trial 1 of 3, booting entry 0", PATIENCE)
-        .unwrap();
     for event in [events::HEALTHY, events::CONFIRMING, events::CONFIRMED] {
         let event = vm.wait_for_event(event, PATIENCE).unwrap();
         if let Some(commit) = event.field("COMMIT") {
@@ -102,16 +106,22 @@ fn a_good_release_is_confirmed_after_one_boot_and_keeps_what_is_the_devices() {
         );
         assert_eq!((poll.status, poll.bytes), (304, 0));
     }
-    let parts = |request: &&qemu_tests::server::Request| request.path.starts_with("/deltas/");
-    eprintln!(
-        "downloaded {} bytes of deltas",
-        server
-            .requests()
-            .unwrap()
-            .iter()
-            .filter(parts)
-            .map(|r| r.bytes)
-            .sum::<u64>()
+
+    // Nothing is on trial, and the default cannot be loaded any more: the one before it runs, and the default is given up.
+    let kernel = "mount -o remount,rw /boot && rm \"$(sed -n 's/^linux //;T;s,^,/boot,p' /boot/loader/entries/ostree-2.conf)\"";
+    vm.ask(["/bin/sh", "-c", kernel]).unwrap();
+    vm.ask(["systemctl", "reboot"]).unwrap();
+    let rejected = vm.wait_for_event(events::REJECTED, PATIENCE).unwrap();
+    assert_eq!(rejected.field("COMMIT"), Some(target.to_string().as_str()));
+    vm.wait_for_event(events::UNDEPLOYED, PATIENCE).unwrap();
+    vm.wait_for_event(events::WAITING, PATIENCE).unwrap();
+    assert_eq!(vm.booted_commit().unwrap(), *first);
+    let status = vm.status().unwrap();
+    assert_eq!(
+        (status.boot, status.why),
+        (Boot::Unloadable, Some(Why::Rejected))
     );
-    eprintln!("{}", vm.transcript());
+    assert_eq!(status.rejections[0].reason, Reason::Unloadable);
+    let deployed: Vec<_> = status.deployments.iter().map(|one| one.commit).collect();
+    assert_eq!(deployed, [*first]);
 }

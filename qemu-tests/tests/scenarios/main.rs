@@ -9,3 +9,4 @@
 
 mod faults;
 mod good;
+mod power;

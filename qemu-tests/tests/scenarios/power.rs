@@ -1,0 +1,78 @@
+//! Power cuts.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use bootloader_glue::protocol::Environment;
+use offshoot::decide::Why;
+use offshoot::events;
+use offshoot::record::Phase;
+use qemu_tests::bench::{Bench, Web};
+use qemu_tests::release::{Random, Release};
+use qemu_tests::vm::{Options, PATIENCE, Vm};
+
+/// Enough to hit fetching, storing, deploying and the trial in most runs. Each costs a boot.
+const CUTS: usize = 5;
+
+#[test]
+fn a_power_cut_at_any_moment_of_an_update_leaves_the_former_release_or_the_new_one() {
+    let seed = match std::env::var("OFFSHOOT_SEED") {
+        Ok(seed) => seed.parse().unwrap(),
+        Err(_) => u64::from(
+            SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .unwrap()
+                .subsec_nanos(),
+        ),
+    };
+    eprintln!("OFFSHOOT_SEED={seed} cuts at the same places again");
+    let mut random = Random(seed);
+    let mut bench = Bench::start(Web::Fleet, Options::default()).unwrap();
+    let release = Release {
+        own_initramfs: true,
+        ..Release::good("1.1.0")
+    };
+    let target = bench.publish(&release).unwrap();
+    // A cut on trial is a try.
+    bench.configure("[bootloader]\ntries = 9\n").unwrap();
+    let Bench { vm, first, .. } = &mut bench;
+    drain(vm, Instant::now());
+    for cut in 1..=CUTS {
+        // Lines, not seconds: a machine that is slower gets as far.
+        let lines = random.below(30);
+        let pause = Duration::from_millis(random.below(2000));
+        eprintln!("cut {cut}: {pause:?} after {lines} lines");
+        for _ in 0..lines {
+            vm.next_line(Instant::now() + PATIENCE).unwrap().unwrap();
+        }
+        drain(vm, Instant::now() + pause);
+        vm.cut_power().unwrap();
+        vm.power_on().unwrap();
+    }
+    let status = loop {
+        let waiting = vm.wait_for_event(events::WAITING, PATIENCE).unwrap();
+        // An entry may be told late, of the boot before.
+        if waiting.field("WHY") == Some(Why::UpToDate.name())
+            && let Ok(status) = vm.status()
+            && status.booted.commit == target
+            && status.why == Some(Why::UpToDate)
+        {
+            break status;
+        }
+    };
+    let (target, first) = (target.to_string(), first.to_string());
+    for started in vm.events(events::STARTED) {
+        let ran = started.field("COMMIT").unwrap();
+        assert!(ran == target || ran == first, "it ran {ran}");
+    }
+    assert_eq!(vm.booted_commit().unwrap().to_string(), target);
+    assert_eq!((status.phase, status.rejections), (Phase::Idle, vec![]));
+    assert!(matches!(
+        vm.environment().unwrap(),
+        Environment::Valid { counter, damaged: false } if !counter.upgrade_available && !counter.rollback
+    ));
+}
+
+/// Passes over everything that is said until `end`.
+fn drain(vm: &mut Vm, end: Instant) {
+    while vm.next_line(end).unwrap().is_some() {}
+}
