@@ -19,7 +19,7 @@ pub mod api;
 #[cfg(feature = "daemon")]
 pub mod cli;
 pub mod commit;
-#[cfg(feature = "daemon")]
+#[cfg(feature = "config")]
 pub mod config;
 #[cfg(feature = "daemon")]
 pub mod daemon;
@@ -38,7 +38,7 @@ pub mod objects;
 pub mod poll;
 pub mod record;
 pub mod route;
-#[cfg(feature = "daemon")]
+#[cfg(feature = "config")]
 pub mod schedule;
 #[cfg(feature = "daemon")]
 pub mod selftest;

@@ -1,5 +1,7 @@
 //! The words an operator types, and what is said back.
 
+mod image;
+
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -51,6 +53,7 @@ enum Verb {
     Channel(ChannelVerb),
     Compose(ComposeArguments),
     Publish(PublishArguments),
+    Image(Box<image::ImageArguments>),
     /// Sign again what expires.
     ///
     /// A role is signed again in the last third of its lifetime (`lifetimes` in fleet.toml). Run this daily, from a timer: devices refuse
@@ -263,6 +266,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             warn(&summary.warnings);
             say(json, &summary, || published(&summary))
         }
+        Verb::Image(options) => image::run(directory, options, json),
         Verb::Refresh { force } => {
             let summary = refresh::refresh(&Fleet::open(directory)?, *force, now)?;
             warn(&summary.warnings);

@@ -5,6 +5,7 @@
 //! - [`publish`]: from a commit to a release; [`delta`]: what devices download of it; [`writer`]: how files get into `public/`.
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
 //!   [`rotate`] replaces keys, [`prune`] removes former releases, [`status`] tells.
+//! - [`image`]: from a commit to a disk that boots.
 //! - [`serve`]: `public/` over HTTPS, for a bench.
 
 #[cfg(test)]
@@ -16,6 +17,7 @@ mod delta;
 #[path = "../tests/it/device.rs"]
 mod device;
 mod directory;
+mod image;
 mod init;
 mod keys;
 mod prune;
