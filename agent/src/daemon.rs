@@ -5,12 +5,16 @@
 //! spool stays; a run of the deployer is waited for. Everything that must survive is on disk before the next step, so the daemon may be
 //! killed at any moment.
 //!
+//! - [`policy`]: what may be done now; [`tell`]: what is told about it.
+//!
 //! Does not know how a step is done ([`crate::device`]) or why it is the next one ([`crate::decide`]).
+
+mod policy;
+mod tell;
 
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::pin;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -24,19 +28,18 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::commit::Commit;
-use crate::config::{self, Config, Metered, WhenMetered};
-use crate::decide::{Consent, Download, Step, Why, decide};
-use crate::device::{self, Device, Observed, Plan};
+use crate::config::{self, Config};
+use crate::decide::{Consent, Download, Step, Why};
+use crate::device::{self, Device, Observed};
 use crate::events;
 use crate::fetch::{Backoff, Directory, Server, ServerConfig, Source, poll_delay};
 use crate::poll::{PollError, Poller};
-use crate::record::{Hold, Phase, Reason, Rejection};
-use crate::schedule::{self, State};
+use crate::record::Hold;
 use crate::status::{self, Status};
 use crate::trust::schema::{HardwareId, RoleName, time};
 use crate::trust::store::Store;
 use crate::trust::{Release, Verified};
-use crate::usage::{Usage, next_month};
+use crate::usage::Usage;
 
 /// How often the boot environment is looked at while a trial waits for its confirmation.
 const CONFIRMATION_LOOK: Duration = Duration::from_secs(2);
@@ -280,96 +283,6 @@ impl Daemon {
         })
     }
 
-    /// Observes the device and decides. `None`: it cannot be observed, so nothing is done to it.
-    async fn look(&mut self) -> Option<Step> {
-        let now = self.now().to_zoned(TimeZone::system());
-        let metered = self.is_metered().await;
-        let Config {
-            network, install, ..
-        } = &self.config;
-        let (fetching, installing) = (
-            schedule::state(&network.windows, &now),
-            schedule::state(&install.windows, &now),
-        );
-        let month = self.usage.this_month(&now);
-        let word = |commit| self.allowed.filter(|allowed| allowed.commit == commit);
-        let download = |commit, plan: &Plan| {
-            let goes_beyond = |limit: u64, bytes: u64| limit > 0 && bytes > limit;
-            let too_much = goes_beyond(network.update_limit, plan.total)
-                || goes_beyond(network.month_limit, month.saturating_add(plan.missing));
-            match word(commit) {
-                Some(Allowed {
-                    over_limits: true, ..
-                }) => Download::Allowed,
-                _ if too_much => Download::OverLimit,
-                _ if metered => Download::Metered,
-                Some(_) => Download::Allowed,
-                None if matches!(fetching, State::Closed(_)) => Download::AwaitsWindow,
-                None => Download::Allowed,
-            }
-        };
-        let consent = |commit| match (word(commit), install.reboot) {
-            (Some(_), _) => Consent::Given,
-            (None, config::Reboot::Manual) => Consent::AwaitsOperator,
-            (None, config::Reboot::Now) if matches!(installing, State::Closed(_)) => {
-                Consent::AwaitsWindow
-            }
-            (None, config::Reboot::Now) => Consent::Given,
-        };
-        let observed = self
-            .device
-            .observe(self.offer.as_ref(), download, consent)
-            .await;
-        let step = match observed {
-            Ok(observed) => {
-                self.observed = observed;
-                if (self.failure.as_ref()).is_some_and(|failed| failed.step.is_none()) {
-                    self.failure = None;
-                }
-                decide(self.device.record(), &self.observed.facts)
-            }
-            Err(error) => {
-                self.turn = None;
-                self.failed(None, &format!("{error:#}"));
-                return None;
-            }
-        };
-        let turn = match (&step, fetching, installing) {
-            (Step::Wait(Why::AwaitingDownloadWindow), State::Closed(at), _)
-            | (Step::Wait(Why::AwaitingInstallWindow), _, State::Closed(at)) => {
-                at.map(|at| (status::NextIs::Window, at))
-            }
-            (Step::Wait(Why::OverLimit), ..) if self.config.network.month_limit > 0 => {
-                next_month(&now).map(|at| (status::NextIs::Month, at))
-            }
-            (Step::Fetch { target, .. }, State::Open(at), _)
-                if self.allowed.is_none_or(|allowed| allowed.commit != *target) =>
-            {
-                at.map(|at| (status::NextIs::Window, at))
-            }
-            _ => None,
-        };
-        let here = now.timestamp();
-        self.turn = turn.map(|(what, at)| {
-            let left = Duration::try_from(at.duration_since(here)).unwrap_or_default();
-            (what, Due::after(left, here))
-        });
-        Some(step)
-    }
-
-    /// Asked only when it matters.
-    async fn is_metered(&self) -> bool {
-        let network = &self.config.network;
-        let matters = network.when_metered == WhenMetered::Wait
-            && matches!(self.device.record().phase, Phase::Staging { .. });
-        match network.metered {
-            _ if !matters => false,
-            Metered::Yes => true,
-            Metered::No => false,
-            Metered::Ask => network_manager_says_metered().await,
-        }
-    }
-
     /// There is something to do, and it did not fail a moment ago.
     fn is_due(&self, step: &Step) -> bool {
         let failing = self
@@ -604,7 +517,7 @@ impl Daemon {
         };
         if *step == Step::Reboot {
             // Before it: nobody may hear it afterwards.
-            report(step);
+            tell::report(step);
         }
         let result = self
             .device
@@ -626,7 +539,7 @@ impl Daemon {
                 self.failure = None;
                 self.step_backoff.worked();
                 if *step != Step::Reboot {
-                    report(step);
+                    tell::report(step);
                 }
             }
             Err(error) => self.failed(Some(step), &format!("{error:#}")),
@@ -652,186 +565,6 @@ impl Daemon {
             times,
             due: Due::after(delay, self.now()),
         });
-    }
-
-    /// Publishes the status, and tells the journal and the service manager when it means something new.
-    fn tell(&mut self, step: Option<&Step>) -> Status {
-        let mut status = self.describe(step);
-        let summary = status.summary();
-        let mut is_news = false;
-        self.status.send_if_modified(|former| {
-            let revision = former.as_ref().map_or(0, |former| former.revision);
-            status.revision = revision;
-            if former.as_ref() == Some(&status) {
-                return false;
-            }
-            is_news = former
-                .as_ref()
-                .is_none_or(|former| former.summary() != summary);
-            status.revision = revision + 1;
-            *former = Some(status.clone());
-            true
-        });
-        if is_news {
-            notify(&[NotifyState::Status(&summary)]);
-        }
-        if status.why != self.told {
-            self.told = status.why;
-            if let Some(why) = status.why {
-                tracing::info!(MESSAGE_ID = events::WAITING, WHY = why.name(), "{why}");
-            }
-        }
-        status
-    }
-
-    fn describe(&self, step: Option<&Step>) -> Status {
-        let Observed {
-            facts,
-            deployments,
-            unprotected,
-            plan,
-        } = &self.observed;
-        let record = self.device.record();
-        let next = |what, due: &Due| {
-            let at = due.at.clone();
-            Some(status::Next { what, at })
-        };
-        let failure = self
-            .failure
-            .as_ref()
-            .filter(|failed| failed.step.as_ref() == step);
-        let why = match step {
-            Some(Step::Wait(why)) => Some(*why),
-            Some(_) | None => None,
-        };
-        let next = match (failure, why) {
-            (Some(failed), _) if failed.due.when < self.poll_due.when => {
-                next(status::NextIs::Retry, &failed.due)
-            }
-            (None, Some(_)) if self.turn.is_some() => {
-                (self.turn.as_ref()).and_then(|(what, due)| next(*what, due))
-            }
-            (Some(_), _) | (None, Some(_)) => next(status::NextIs::Poll, &self.poll_due),
-            (None, None) => None,
-        };
-        let deployments: Vec<_> = deployments
-            .deployments
-            .iter()
-            .map(|deployment| status::Deployed {
-                commit: deployment.commit,
-                version: deployment.version.clone(),
-                booted: deployment.commit == facts.booted,
-                pinned: deployment.pinned,
-            })
-            .collect();
-        Status {
-            revision: 0,
-            agent: env!("CARGO_PKG_VERSION").to_owned(),
-            booted: status::Release {
-                commit: facts.booted,
-                version: deployments
-                    .iter()
-                    .find(|deployed| deployed.booted)
-                    .and_then(|deployed| deployed.version.clone()),
-            },
-            phase: record.phase,
-            step: match step {
-                Some(_) if self.rebooting => "rebooting",
-                step => step.map_or("observe", status::name),
-            }
-            .to_owned(),
-            why,
-            next,
-            channel: self.poller.channel.to_string(),
-            hardware: self.poller.hardware.to_string(),
-            offer: self.offer.as_ref().map(|offer| status::Release {
-                commit: offer.entry.commit,
-                version: Some(offer.entry.version.to_string()),
-            }),
-            plan: plan.map(|plan| status::Plan {
-                way: plan.way,
-                from: plan.from,
-                total: plan.total,
-                missing: plan.missing,
-            }),
-            progress: None,
-            month: (self.usage).this_month(&self.now().to_zoned(TimeZone::system())),
-            rejections: record.rejections.iter().map(rejected).collect(),
-            hold: record.hold.clone(),
-            protected: unprotected.is_none(),
-            unprotected_because: unprotected.as_ref().map(ToString::to_string),
-            boot: facts.mark.into(),
-            environment: status::Variables::of(&facts.environment),
-            boot_environment: (&facts.environment).into(),
-            deployments,
-            last_poll: self.last_poll.clone(),
-            failure: failure.map(|failed| status::Failure {
-                step: failed
-                    .step
-                    .as_ref()
-                    .map_or("observe", status::name)
-                    .to_owned(),
-                message: failed.message.clone(),
-                times: failed.times,
-            }),
-        }
-    }
-}
-
-fn rejected((commit, rejection): (&Commit, &Rejection)) -> status::Rejected {
-    status::Rejected {
-        commit: *commit,
-        reason: rejection.reason.clone(),
-        // What is no time at all was written by no device of ours.
-        at: time::write(Time::from_second(rejection.at).unwrap_or(Time::UNIX_EPOCH)),
-    }
-}
-
-/// One entry in the journal for each step that was done.
-fn report(step: &Step) {
-    match step {
-        Step::Wait(_) => {}
-        Step::Stage { from, target } => {
-            tracing::info!(MESSAGE_ID = events::STAGED, FROM = %from, COMMIT = %target, "updating to {}", status::short(*target));
-        }
-        Step::Abandon => {
-            tracing::info!(
-                MESSAGE_ID = events::ABANDONED,
-                "the update is no longer wanted"
-            );
-        }
-        Step::Fetch { target, .. } => {
-            tracing::info!(MESSAGE_ID = events::FETCHED, COMMIT = %target, "fetched and checked");
-        }
-        Step::Apply { target, .. } => {
-            tracing::info!(MESSAGE_ID = events::APPLIED, COMMIT = %target, "stored in the repository");
-        }
-        Step::Prune { .. } => tracing::info!("removed the deployments that are not needed"),
-        Step::BeginTrial { target, .. } => {
-            tracing::info!(COMMIT = %target, "the trial of {} begins", status::short(*target));
-        }
-        Step::Arm => tracing::info!(MESSAGE_ID = events::ARMED, "the boot counter is armed"),
-        Step::Deploy { target } => {
-            tracing::info!(MESSAGE_ID = events::DEPLOYED, COMMIT = %target, "deployed beside the running system");
-        }
-        Step::Reboot => tracing::info!(MESSAGE_ID = events::REBOOTING, "rebooting into the trial"),
-        Step::Confirmed { target } => {
-            tracing::info!(MESSAGE_ID = events::CONFIRMED, COMMIT = %target, "{} proved healthy and is kept", status::short(*target));
-        }
-        Step::Reject { target, reason } => {
-            let checks = match reason {
-                Reason::Unhealthy { checks } => checks.join(" "),
-                _ => String::new(),
-            };
-            tracing::warn!(MESSAGE_ID = events::REJECTED, COMMIT = %target, REASON = status::kind(reason), CHECKS = checks,
-                "{} is rejected: {reason}", status::short(*target));
-        }
-        Step::Undeploy { commit } => {
-            tracing::info!(MESSAGE_ID = events::UNDEPLOYED, COMMIT = %commit, "removed {}", status::short(*commit));
-        }
-        Step::Settle => {
-            tracing::info!(MESSAGE_ID = events::SETTLED, "the boot counter is disarmed")
-        }
     }
 }
 
@@ -880,24 +613,6 @@ fn count(usage: &mut Usage, counted: &mut u64, received: u64, now: &Zoned, save:
     if let Err(error) = usage.count(bytes, now, save) {
         tracing::error!("{error:#}");
     }
-}
-
-/// NetworkManager's word, if there is one. Asked through busctl, which is where systemd is; what is not understood is not metered.
-async fn network_manager_says_metered() -> bool {
-    let service = "org.freedesktop.NetworkManager";
-    let asked = tokio::process::Command::new("busctl")
-        .args(["--system", "--json=short", "get-property", service])
-        .args(["/org/freedesktop/NetworkManager", service, "Metered"])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .output();
-    let Ok(Ok(output)) = tokio::time::timeout(Duration::from_secs(5), asked).await else {
-        return false;
-    };
-    // NMMetered: 1 is yes, 3 is a guess that it is.
-    serde_json::from_slice::<serde_json::Value>(&output.stdout)
-        .is_ok_and(|answer| matches!(answer["data"].as_u64(), Some(1 | 3)))
 }
 
 /// Uniform; without the kernel's random numbers the devices of a fleet are merely less spread.
