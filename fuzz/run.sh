@@ -16,11 +16,13 @@ export RUSTC_BOOTSTRAP=1 CARGO_TARGET_DIR=$cache/fuzz/target
 
 targets=("$@")
 [[ ${#targets[@]} != 0 ]] || mapfile -t targets < <(cargo fuzz list)
+cargo fuzz build --sanitizer none
+programs=$CARGO_TARGET_DIR/$(rustc --version --verbose | sed -n 's/^host: //p')/release
 for target in "${targets[@]}"; do
     grown=$cache/fuzz/corpus/$target
-    mkdir --parents "$grown"
+    mkdir --parents "$grown" "artifacts/$target"
     echo "== $target: ${FUZZ_SECONDS:-600} s"
     # The first directory is where new inputs go.
-    cargo fuzz run --sanitizer none "$target" "$grown" "corpus/$target" -- \
-        -max_total_time="${FUZZ_SECONDS:-600}" -timeout=10 -rss_limit_mb=1024 -max_len=8192 -print_final_stats=1
+    "$programs/$target" -artifact_prefix="artifacts/$target/" -max_total_time="${FUZZ_SECONDS:-600}" \
+        -timeout=10 -rss_limit_mb=1024 -max_len=8192 -print_final_stats=1 -verbosity=0 "$grown" "corpus/$target"
 done
