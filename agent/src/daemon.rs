@@ -5,7 +5,7 @@
 //! spool stays; a run of the deployer is waited for. Everything that must survive is on disk before the next step, so the daemon may be
 //! killed at any moment.
 //!
-//! - [`policy`]: what may be done now; [`tell`]: what is told about it.
+//! - `policy`: what may be done now; `tell`: what is told about it.
 //!
 //! Does not know how a step is done ([`crate::device`]) or why it is the next one ([`crate::decide`]).
 

@@ -9,7 +9,7 @@
 //! | `rehearsal.json` | a rehearsal that is going on: its stage, and what was found so far |
 //! | `selftest.json` | the last finished test |
 //!
-//! - [`rehearsal`]: the stages, and what a power cut between them leaves.
+//! - `rehearsal`: the stages, and what a power cut between them leaves.
 
 mod rehearsal;
 
