@@ -2,7 +2,7 @@
 //!
 //! - [`layout`]: what is where on the disk.
 //! - [`commit`]: the commit's files with all their attributes; [`sysroot`]: libostree deploys it in a directory.
-//! - [`unit`]: what this unit has in /etc, and what is refused; [`boot`]: what the bootloader needs.
+//! - [`mod@unit`]: what this unit has in /etc, and what is refused; [`boot`]: what the bootloader needs.
 //! - [`inodes`]: the sysroot's files with the attributes of the commit; [`ext4`], [`fat`]: file systems of them.
 //! - [`disk`]: the partitions together, sparse, and the bmap.
 //!

@@ -6,7 +6,7 @@
 //! - [`image`]: the disk of a device, as the factory delivers it.
 //! - [`uboot`]: a real U-Boot, alone.
 //! - [`vm`]: a machine with that disk: watched, asked, reset, and cut off from its power.
-//! - [`bench`]: all of these together.
+//! - [`mod@bench`]: all of these together.
 //! - [`demo`]: the main job, told live.
 //! - [`cache`]: what is kept between runs; [`host`]: the build host's tools.
 
