@@ -5,6 +5,7 @@
 //! the server states is used only to refuse early.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -39,6 +40,9 @@ const WORTH_KEEPING: Duration = Duration::from_secs(20);
 
 const ETAG_LIMIT: usize = 256;
 
+/// How many stalls' time the head of an answer may take, while something comes.
+const HEAD_STALLS: u32 = 4;
+
 /// How often a file may be somewhere else, and how long the name of that place may be: object stores sign theirs.
 const HOPS: usize = 5;
 const LOCATION_LIMIT: usize = 4096;
@@ -69,7 +73,7 @@ pub struct ServerConfig {
     pub no_proxy: String,
     /// The certificate chain and the private key that show the server who this is, in PEM.
     pub identity: Option<(PathBuf, PathBuf)>,
-    /// Counts the bytes of all bodies that come.
+    /// Counts the bytes that come over the wire, TLS and all: what is paid for.
     pub received: Arc<AtomicU64>,
 }
 
@@ -477,10 +481,7 @@ impl Caller {
             };
             let request =
                 self.request(base, target, connection.sender.is_http2(), extra.clone())?;
-            let outcome = timeout(self.config.stall, connection.send(request)).await;
-            match outcome.unwrap_or(Err(Fault::Stalled {
-                after: self.config.stall,
-            })) {
+            match self.head(connection.send(request)).await {
                 Err(Fault::Interrupted { .. }) if kept => {}
                 Err(fault) => return Err(fault),
                 Ok(answer) => {
@@ -493,8 +494,35 @@ impl Caller {
         }
     }
 
+    /// Waits for the head of an answer for as long as something comes, and no longer than [`HEAD_STALLS`]: it may share a piece of 16 KiB with
+    /// what follows it.
+    pub(super) async fn head<T>(
+        &self,
+        answer: impl Future<Output = Result<T, Fault>>,
+    ) -> Result<T, Fault> {
+        let ServerConfig {
+            stall, received, ..
+        } = &self.config;
+        let mut answer = pin!(answer);
+        let mut already = received.load(Ordering::Relaxed);
+        for _ in 0..HEAD_STALLS {
+            if let Ok(outcome) = timeout(*stall, answer.as_mut()).await {
+                return outcome;
+            }
+            let now = received.load(Ordering::Relaxed);
+            if now == already {
+                break;
+            }
+            already = now;
+        }
+        Err(Fault::Stalled { after: *stall })
+    }
+
     async fn connect(&self, base: &Base) -> Result<Connection, Fault> {
-        Connection::to(base, &self.tls, &self.proxy, self.config.connect).await
+        let ServerConfig {
+            connect, received, ..
+        } = &self.config;
+        Connection::to(base, &self.tls, &self.proxy, *connect, received).await
     }
 
     pub(super) fn request(
@@ -540,18 +568,20 @@ enum Transfer {
 }
 
 /// The body of an answer, with the stall and low-speed timers. Only waiting counts, so that a slow disk is not mistaken
-/// for a slow server.
+/// for a slow server; and what counts is what comes over the wire, because a piece of TLS or HTTP/2 is 16 KiB, which takes its time on
+/// a slow link and is seen only when it is whole.
 pub(super) struct Flow {
     body: Incoming,
     got: u64,
     stall: Duration,
     low_speed: u64,
     waited: Duration,
-    in_window: u64,
     max_rate: u64,
     /// When the bytes that came are paid for, at `max_rate`.
     paid: Instant,
     received: Arc<AtomicU64>,
+    /// What had been received when the low-speed window began.
+    before: u64,
 }
 
 impl Flow {
@@ -568,10 +598,10 @@ impl Flow {
             stall,
             low_speed,
             waited: Duration::ZERO,
-            in_window: 0,
             max_rate,
             paid: Instant::now(),
             received: config.received.clone(),
+            before: config.received.load(Ordering::Relaxed),
         }
     }
 
@@ -580,26 +610,29 @@ impl Flow {
             // What is not read holds the sender up. Our own pause is not the server's stall.
             tokio::time::sleep_until(self.paid).await;
             let since = Instant::now();
-            let frame = timeout(self.stall, self.body.frame())
-                .await
-                .map_err(|_| Fault::Stalled { after: self.stall })?;
+            let already = self.received.load(Ordering::Relaxed);
+            let frame = timeout(self.stall, self.body.frame()).await;
             self.waited += since.elapsed();
+            let received = self.received.load(Ordering::Relaxed);
             let data = match frame {
-                None => return Ok(None),
-                Some(Err(error)) => return Err(broken(&error, self.got)),
+                Err(_) if received == already => {
+                    return Err(Fault::Stalled { after: self.stall });
+                }
+                // A piece is on its way.
+                Err(_) => Bytes::new(),
+                Ok(None) => return Ok(None),
+                Ok(Some(Err(error))) => return Err(broken(&error, self.got)),
                 // Trailers say nothing that is wanted.
-                Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
+                Ok(Some(Ok(frame))) => frame.into_data().unwrap_or_default(),
             };
             self.got += data.len() as u64;
-            self.received
-                .fetch_add(data.len() as u64, Ordering::Relaxed);
             if self.max_rate > 0 {
                 let share = data.len() as f64 / self.max_rate as f64;
                 self.paid = self.paid.max(since) + Duration::from_secs_f64(share);
             }
-            self.in_window += data.len() as u64;
             if self.waited >= self.stall {
-                if u128::from(self.in_window) * 1000
+                let in_window = received - self.before;
+                if u128::from(in_window) * 1000
                     < u128::from(self.low_speed) * self.waited.as_millis()
                 {
                     return Err(Fault::TooSlow {
@@ -607,7 +640,7 @@ impl Flow {
                     });
                 }
                 self.waited = Duration::ZERO;
-                self.in_window = 0;
+                self.before = received;
             }
             if !data.is_empty() {
                 return Ok(Some(data));

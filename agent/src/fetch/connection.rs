@@ -3,7 +3,10 @@
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -17,7 +20,7 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::time_provider::TimeProvider;
 use rustls::{CertificateError, ClientConfig, RootCertStore};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
@@ -61,12 +64,17 @@ impl Connection {
         tls: &Arc<ClientConfig>,
         proxy: &Proxy,
         limit: Duration,
+        received: &Arc<AtomicU64>,
     ) -> Result<Self, Fault> {
         let deadline = Instant::now() + limit;
         let stream: Box<dyn Stream> = match proxy.between(base) {
             Some(hop) => Box::new(hop.tunnel(base, deadline).await?),
             None => Box::new(connect(&base.host, base.port, deadline).await?),
         };
+        let stream: Box<dyn Stream> = Box::new(Counted {
+            stream,
+            received: received.clone(),
+        });
         if base.scheme == "http" {
             return Self::over(stream, false).await;
         }
@@ -307,6 +315,44 @@ pub(super) fn broken(error: &hyper::Error, got: u64) -> Fault {
     }
     tracing::debug!(error = error as &dyn std::error::Error, got, "interrupted");
     Fault::Interrupted { got }
+}
+
+/// Counts what comes.
+struct Counted {
+    stream: Box<dyn Stream>,
+    received: Arc<AtomicU64>,
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
+        let read = buffer.filled().len() - before;
+        self.received.fetch_add(read as u64, Ordering::Relaxed);
+        polled
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
 }
 
 /// TLS, a tunnel or plain TCP.

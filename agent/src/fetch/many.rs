@@ -8,7 +8,6 @@ use std::sync::Arc;
 use http::Response;
 use hyper::body::Incoming;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 
 use super::answer::{plain, refusal, stated_length};
 use super::client::{Caller, Flow, Server, blocking};
@@ -127,15 +126,12 @@ async fn one(
     caller: &Arc<Caller>,
     file: &Wanted,
 ) -> Result<(), Fault> {
-    let stall = caller.config.stall;
-    let asked = timeout(stall, async {
-        sender.ready().await?;
-        sender.send_request(request).await
-    });
-    let answer: Response<Incoming> = asked
-        .await
-        .map_err(|_| Fault::Stalled { after: stall })?
-        .map_err(|error| broken(&error, 0))?;
+    let asked = async {
+        let lost = |error: hyper::Error| broken(&error, 0);
+        sender.ready().await.map_err(lost)?;
+        sender.send_request(request).await.map_err(lost)
+    };
+    let answer: Response<Incoming> = caller.head(asked).await?;
     if answer.status().as_u16() != 200 {
         return Err(refusal(&answer));
     }

@@ -315,7 +315,12 @@ async fn a_cap_on_the_rate_is_kept_and_is_no_stall() {
         since.elapsed()
     );
     let received = received.load(std::sync::atomic::Ordering::Relaxed);
-    assert_eq!(received, LENGTH as u64);
+    // Over the wire, with TLS and the frames of HTTP/2.
+    let length = LENGTH as u64;
+    assert!(
+        received > length && received < length + length / 20 + 6000,
+        "{received}"
+    );
 }
 
 #[tokio::test]

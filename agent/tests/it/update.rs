@@ -25,7 +25,7 @@ use crate::server::Then;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The daemon of a machine, until it is dropped as a power cut drops it, or stopped.
-struct Daemon {
+pub struct Daemon {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<Option<Status>>,
     stop: oneshot::Sender<()>,
@@ -33,7 +33,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn start(machine: &Machine) -> Self {
+    pub fn start(machine: &Machine) -> Self {
         let (commands, receiver) = mpsc::channel(4);
         let (sender, status) = watch::channel(None);
         let (stop, stopped) = oneshot::channel();
@@ -52,7 +52,7 @@ impl Daemon {
         }
     }
 
-    async fn wait(&mut self, wanted: impl Fn(&Status) -> bool) -> Status {
+    pub async fn wait(&mut self, wanted: impl Fn(&Status) -> bool) -> Status {
         let found = self
             .status
             .wait_for(|status| status.as_ref().is_some_and(&wanted));
@@ -68,7 +68,7 @@ impl Daemon {
         }
     }
 
-    async fn waits(&mut self, why: Why) -> Status {
+    pub async fn waits(&mut self, why: Why) -> Status {
         self.wait(|status| status.why == Some(why) && status.last_poll.is_some())
             .await
     }
@@ -88,14 +88,14 @@ impl Daemon {
     }
 
     /// Until the machine is asked to reboot; it then loses power.
-    async fn until_reboot(mut self, machine: &Machine) -> Booted {
+    pub async fn until_reboot(mut self, machine: &Machine) -> Booted {
         self.wait(|status| status.step == "rebooting").await;
         assert!(machine.rebooted());
         self.cut();
         machine.power_on()
     }
 
-    fn cut(self) {
+    pub fn cut(self) {
         self.task.abort();
     }
 }
