@@ -5,6 +5,7 @@
 CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
 
 help:
+	@echo 'make demo         the main job, live: a good release kept, a broken one rolled back'
 	@echo 'make test         all tests, the machines in QEMU included'
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
 	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'
@@ -19,6 +20,10 @@ setup:
 # What runs in the machines is built for release, as on a device; what drives them is not.
 binaries: setup
 	cargo build --locked --release --package offshoot --package bootloader-glue --package offshoot-fleet
+
+demo: setup
+	@cargo build --locked --release --package offshoot --package bootloader-glue --package offshoot-fleet --package qemu-tests
+	@cargo run --locked --release --quiet --package qemu-tests -- demo
 
 test: binaries
 	cargo test --locked --workspace
@@ -38,4 +43,4 @@ arm64: setup
 clean-cache:
 	rm -rf "$(CACHE)"
 
-.PHONY: help setup binaries test conformance fuzz shell arm64 clean-cache
+.PHONY: help setup binaries demo test conformance fuzz shell arm64 clean-cache

@@ -15,7 +15,7 @@ use offshoot::status::{Status, short};
 use crate::bench::{Bench, Web};
 use crate::image::FIRST;
 use crate::release::{Fault, Release};
-use crate::vm::{Event, Line, Options, PATIENCE};
+use crate::vm::{Event, Line, Options, PATIENCE, STARTUP_FINISHED};
 
 const GOOD: &str = "1.1.0";
 const BAD: &str = "1.2.0";
@@ -78,7 +78,12 @@ pub fn demo() -> Result<()> {
         Who::Bench,
         "the device is switched on: QEMU, UEFI, GRUB, OSTree",
     )?;
-    bench.configure("").context("starting the device")?;
+    teller.until(&mut bench, STARTUP_FINISHED)?;
+    teller.tell(
+        Who::Bench,
+        "its operator writes the server's address into /etc/offshoot/config.toml",
+    )?;
+    bench.configure("").context("configuring the device")?;
     bench.vm.write_file(
         "/run/systemd/system/bench-follow.service",
         FOLLOW_UNIT.as_bytes(),
@@ -89,7 +94,7 @@ pub fn demo() -> Result<()> {
     teller.until(&mut bench, events::POLLED)?;
     teller.status(&mut bench)?;
 
-    teller.heading("A good release")?;
+    teller.heading("A good release: it is kept when it has proved healthy")?;
     // Enough to see it come.
     let release = Release {
         payload: 8,
@@ -105,7 +110,8 @@ pub fn demo() -> Result<()> {
     teller.until(&mut bench, events::POLLED)?;
     teller.status(&mut bench)?;
 
-    teller.heading("A broken release")?;
+    teller
+        .heading("A broken release: GRUB counts the boots that nobody confirms, and goes back")?;
     let bad = publish(&mut teller, &bench, &Release::bad(BAD, Fault::KernelPanics))?;
     teller.until(&mut bench, events::REBOOTING)?;
     teller.until(&mut bench, events::REJECTED)?;
