@@ -7,6 +7,7 @@ CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
 help:
 	@echo 'make demo         the main job, live: a good release kept, a broken one rolled back'
 	@echo 'make test         all tests, the machines in QEMU included'
+	@echo 'make bench        the memory that the daemon takes, beside a process that links libostree'
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
 	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'
 	@echo 'make shell        a root shell on such a machine'
@@ -28,6 +29,9 @@ demo: setup
 test: binaries
 	cargo test --locked --workspace
 
+bench: binaries
+	@cargo run --locked --quiet --package qemu-tests -- footprint
+
 conformance: setup
 	agent/tests/tuf/conformance.sh "$(SUITE)"
 
@@ -43,4 +47,4 @@ arm64: setup
 clean-cache:
 	rm -rf "$(CACHE)"
 
-.PHONY: help setup binaries demo test conformance fuzz shell arm64 clean-cache
+.PHONY: help setup binaries demo test bench conformance fuzz shell arm64 clean-cache

@@ -101,7 +101,6 @@ pub fn demo() -> Result<()> {
         ..Release::good(GOOD)
     };
     let good = publish(&mut teller, &bench, &release)?;
-    teller.until(&mut bench, events::REBOOTING)?;
     teller.until(&mut bench, events::CONFIRMED)?;
     anyhow::ensure!(
         bench.vm.booted_commit()? == good,
@@ -113,7 +112,6 @@ pub fn demo() -> Result<()> {
     teller
         .heading("A broken release: GRUB counts the boots that nobody confirms, and goes back")?;
     let bad = publish(&mut teller, &bench, &Release::bad(BAD, Fault::KernelPanics))?;
-    teller.until(&mut bench, events::REBOOTING)?;
     teller.until(&mut bench, events::REJECTED)?;
     teller.until(&mut bench, events::SETTLED)?;
     teller.until(&mut bench, events::WAITING)?;

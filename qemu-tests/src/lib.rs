@@ -7,13 +7,14 @@
 //! - [`uboot`]: a real U-Boot, alone.
 //! - [`vm`]: a machine with that disk: watched, asked, reset, and cut off from its power.
 //! - [`mod@bench`]: all of these together.
-//! - [`demo`]: the main job, told live.
+//! - [`demo`]: the main job, told live; [`footprint`]: the memory that the daemon takes.
 //! - [`cache`]: what is kept between runs; [`host`]: the build host's tools.
 
 pub mod bench;
 pub mod cache;
 pub mod demo;
 pub mod fleet;
+pub mod footprint;
 pub mod host;
 pub mod image;
 pub mod os;

@@ -1,11 +1,11 @@
-//! `qemu-tests`: tells the main job live, builds the test bed's disk image, and offers a shell on a machine that runs it.
+//! `qemu-tests`: tells the main job live, measures the daemon's memory, builds the test bed's disk image, and offers a shell on a machine that runs it.
 
 use std::time::Duration;
 
 use anyhow::{Result, bail};
 use qemu_tests::cache::Cache;
 use qemu_tests::vm::{Options, Vm};
-use qemu_tests::{demo, image};
+use qemu_tests::{demo, footprint, image};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -27,6 +27,7 @@ fn main() -> Result<()> {
             Vm::boot_with(&image.disk, options)?.wait_for_power_off(Duration::from_secs(86_400))
         }
         ["demo"] => demo::demo(),
-        _ => bail!("usage: qemu-tests demo|image|shell"),
+        ["footprint"] => footprint::footprint(),
+        _ => bail!("usage: qemu-tests demo|footprint|image|shell"),
     }
 }

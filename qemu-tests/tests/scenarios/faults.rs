@@ -70,8 +70,6 @@ fn rejects(fault: Fault, tries: u8, reason: Reason) -> Bench {
         })
         .unwrap();
     let Bench { vm, first, .. } = &mut bench;
-    vm.wait_for_event(events::DEPLOYED, PATIENCE).unwrap();
-    vm.wait_for_event(events::REBOOTING, PATIENCE).unwrap();
     let rejected = vm.wait_for_event(events::REJECTED, 4 * PATIENCE).unwrap();
     assert_eq!(rejected.field("COMMIT"), Some(target.to_string().as_str()));
     for event in [events::UNDEPLOYED, events::SETTLED, events::WAITING] {

@@ -38,7 +38,6 @@ fn a_good_release_is_confirmed_after_one_boot_and_given_up_when_it_cannot_be_loa
         events::APPLIED,
         events::ARMED,
         events::DEPLOYED,
-        events::REBOOTING,
     ] {
         vm.wait_for_event(event, PATIENCE).unwrap();
     }
