@@ -8,6 +8,8 @@
 //!
 //! Does no I/O, has no clock, and knows no address: paths are relative to the server's root. Retries are the transport's.
 
+mod ask;
+
 use std::collections::BTreeSet;
 
 use jiff::Timestamp as Time;
@@ -18,37 +20,11 @@ use super::schema::{Root, Snapshot, Timestamp, Version};
 use super::store::{self, Files, Store};
 use super::verify::{self, CurrentRoot, Delegated, Floors, Role, Search, Target, Verified};
 
+use ask::Ask;
+pub(super) use ask::quoted;
+pub use ask::{Reply, Want};
+
 const TIMESTAMP: &str = "metadata/timestamp.json";
-
-/// What a refresh needs next.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Want {
-    /// `metadata/timestamp.json`. `conditional`: the device holds one, so the transport may send the `ETag` of the last refresh
-    /// that was *finished*; else it must not.
-    Poll {
-        path: &'static str,
-        limit: u64,
-        conditional: bool,
-    },
-    /// A file, and to stop reading after `limit` bytes.
-    File {
-        path: String,
-        limit: u64,
-        missing_is_ok: bool,
-    },
-    /// [`Refresh::keep`], which gives the reply.
-    Keep,
-    /// [`Refresh::finish`].
-    Done,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Reply {
-    Body(Vec<u8>),
-    NotModified,
-    NotFound,
-    Kept,
-}
 
 /// A conversation. A refusal ends it.
 #[derive(Debug)]
@@ -129,12 +105,6 @@ enum Accepted<G: Goal> {
         bytes: Vec<u8>,
         found: G::Found,
     },
-}
-
-#[derive(Clone, Debug)]
-struct Ask {
-    path: String,
-    limit: u64,
 }
 
 #[derive(Debug)]
@@ -598,43 +568,6 @@ impl Chain {
     }
 }
 
-impl Ask {
-    fn want(&self, missing_is_ok: bool) -> Want {
-        Want::File {
-            path: self.path.clone(),
-            limit: self.limit,
-            missing_is_ok,
-        }
-    }
-
-    fn body(self, reply: Reply) -> Result<Vec<u8>, Refusal> {
-        match reply {
-            Reply::Body(body) if body.len() as u64 > self.limit => Err(Refusal::TooLong {
-                role: self.path,
-                limit: self.limit,
-            }),
-            Reply::Body(body) => Ok(body),
-            Reply::NotFound => Err(Refusal::Missing { path: self.path }),
-            reply @ (Reply::NotModified | Reply::Kept) => Err(reply.out_of_turn(&self.path)),
-        }
-    }
-}
-
-impl Reply {
-    fn out_of_turn(&self, want: &str) -> Refusal {
-        let reply = match self {
-            Self::Body(_) => "a body",
-            Self::NotModified => "not modified",
-            Self::NotFound => "not found",
-            Self::Kept => "kept",
-        };
-        Refusal::OutOfTurn {
-            want: want.to_owned(),
-            reply,
-        }
-    }
-}
-
 /// The copy on the device, if it is what is announced. One that is, and has expired, would be fetched in vain.
 fn usable<T>(held: Result<T, Refusal>) -> Result<Option<T>, Refusal> {
     match held {
@@ -642,20 +575,6 @@ fn usable<T>(held: Result<T, Refusal>) -> Result<Option<T>, Refusal> {
         Err(refusal @ Refusal::Expired { .. }) => Err(refusal),
         Err(_) => Ok(None),
     }
-}
-
-/// A name as one segment of a URL, and of a file's path: the role `../a` is the file `..%2Fa.json`.
-pub(super) fn quoted(name: &str) -> String {
-    let mut text = String::new();
-    for byte in name.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
-                text.push(char::from(byte));
-            }
-            _ => text.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    text
 }
 
 #[cfg(test)]
