@@ -105,6 +105,7 @@ pub(crate) fn image(fleet: &Fleet, request: &Request, progress: impl Fn(&str)) -
     let (text, layout, beside) = read_layout(&request.layout)?;
     let arguments = kernel_arguments(&layout, request)?;
     let uboot = uboot(&layout, request)?;
+    request.unit.check()?;
     fleet.knows(&request.unit.hardware)?;
     let publication = Publication::read(fleet)?;
     publication.channel(&request.unit.channel)?;

@@ -3,17 +3,17 @@
 //! What is read is checked against its digests, from the commit's checksum down. Nothing is written to the repository.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, FileTimes};
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use offshoot::commit::Commit;
 use ostree::gio::{self, Cancellable, prelude::*};
 use ostree::glib::{self, VariantDict};
 use ostree::{ObjectType, Repo};
-use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, utimensat};
 
 const NONE: Option<&Cancellable> = None;
 
@@ -142,28 +142,20 @@ impl Tree {
 
     fn copy_file(&self, checksum: &str, path: &Path) -> Result<()> {
         let (stream, info, _) = self.repo.load_file(checksum, NONE)?;
-        match stream {
-            Some(stream) => {
-                let mut file = File::create_new(path)?;
-                io::copy(&mut stream.into_read(), &mut file)?;
-            }
-            None => {
-                let target = info
-                    .symlink_target()
-                    .context("the object is neither a file nor a link")?;
-                symlink(target, path)?;
-            }
-        }
+        let Some(stream) = stream else {
+            let target = info
+                .symlink_target()
+                .context("the object is neither a file nor a link")?;
+            return symlink(target, path).map_err(Into::into);
+        };
+        let mut file = File::create_new(path)?;
+        io::copy(&mut stream.into_read(), &mut file)?;
         // libostree gives all files this time, so that they are equal wherever they are deployed.
-        let epoch = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let times = Timestamps {
-            last_access: epoch,
-            last_modification: epoch,
-        };
-        utimensat(CWD, path, &times, AtFlags::SYMLINK_NOFOLLOW)?;
+        file.set_times(
+            FileTimes::new()
+                .set_accessed(UNIX_EPOCH)
+                .set_modified(UNIX_EPOCH),
+        )?;
         Ok(())
     }
 }
@@ -246,7 +238,7 @@ impl Reader<'_> {
     }
 }
 
-fn loose(objects: &Path, checksum: &str, suffix: &str) -> Result<std::path::PathBuf> {
+fn loose(objects: &Path, checksum: &str, suffix: &str) -> Result<PathBuf> {
     let (first, rest) = checksum.split_at(2);
     let directory = objects.join(first);
     fs::create_dir_all(&directory).with_context(|| format!("making {}", directory.display()))?;

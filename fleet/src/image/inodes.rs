@@ -59,10 +59,15 @@ impl Inodes {
     pub(super) fn of(staged: &Staged, tree: &Tree) -> Result<Self> {
         let policy = SePolicy::new(&gio::File::for_path(staged.deployment()), NONE)
             .context("reading the SELinux policy of the commit")?;
+        let identities = identities(&staged.path.join("ostree/repo/objects"), tree)?;
+        let objects = identities.iter();
         let rules = Rules {
             staged,
             tree,
-            objects: objects(&staged.path.join("ostree/repo/objects"), tree)?,
+            objects: objects
+                .map(|(checksum, identity)| (*identity, checksum.clone()))
+                .collect(),
+            identities,
             policy: policy.name().map(|_| policy),
         };
         let mut root = Walk::new(&rules);
@@ -76,15 +81,14 @@ impl Inodes {
     }
 }
 
-/// The checksum of each object, by device and inode.
-fn objects(objects: &Path, tree: &Tree) -> Result<HashMap<(u64, u64), String>> {
+fn identities(objects: &Path, tree: &Tree) -> Result<HashMap<String, (u64, u64)>> {
     let mut found = HashMap::new();
     for checksum in tree.files.keys() {
         let (first, rest) = checksum.split_at(2);
         let path = objects.join(first).join(format!("{rest}.file"));
         let meta =
             fs::symlink_metadata(&path).with_context(|| format!("reading {}", path.display()))?;
-        found.insert((meta.dev(), meta.ino()), checksum.clone());
+        found.insert(checksum.clone(), (meta.dev(), meta.ino()));
     }
     Ok(found)
 }
@@ -92,6 +96,8 @@ fn objects(objects: &Path, tree: &Tree) -> Result<HashMap<(u64, u64), String>> {
 struct Rules<'a> {
     staged: &'a Staged,
     tree: &'a Tree,
+    /// The device and inode of each object, and which object that is.
+    identities: HashMap<String, (u64, u64)>,
     objects: HashMap<(u64, u64), String>,
     policy: Option<SePolicy>,
 }
@@ -155,6 +161,21 @@ impl Rules<'_> {
         };
         self.label(&mut attributes, &path, meta)?;
         Ok(attributes)
+    }
+
+    /// What makes two paths one inode. libostree copies links out of a repository of this mode, and links them out of a device's.
+    fn identity(&self, path: &str, meta: &Metadata) -> (u64, u64) {
+        let inner = path.strip_prefix(&self.staged.deployment);
+        let inner = inner.and_then(|inner| inner.strip_prefix('/'));
+        let entry = inner
+            .filter(|_| meta.is_symlink())
+            .and_then(|inner| self.tree.find(inner));
+        if let Some(Entry::File(checksum)) = entry
+            && let Some(identity) = self.identities.get(checksum)
+        {
+            return *identity;
+        }
+        (meta.dev(), meta.ino())
     }
 
     fn label(&self, attributes: &mut Attributes, path: &str, meta: &Metadata) -> Result<()> {
@@ -232,7 +253,7 @@ impl<'a> Walk<'a> {
         if meta.is_dir() {
             return self.directory(staged, path);
         }
-        let identity = (meta.dev(), meta.ino());
+        let identity = self.rules.identity(staged, &meta);
         if let Some(at) = self.seen.get(&identity) {
             self.inodes[*at].paths.push(path.to_owned());
             return Ok(());

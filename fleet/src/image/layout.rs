@@ -582,3 +582,6 @@ impl fmt::Display for Size {
         write!(f, "{}", self.0)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -97,6 +97,10 @@ impl Staged {
             )
             .context("writing the boot entries")?;
         sysroot.cleanup(NONE).context("clearing up the sysroot")?;
+        // Run as root, libostree has made it immutable, and it is not finished here.
+        sysroot
+            .deployment_set_mutable(&deployment, true, NONE)
+            .context("making the deployment writable")?;
         let deployment = sysroot.deployment_dirpath(&deployment).to_string();
         let name = match layout.bootloader {
             Bootloader::Grub => {

@@ -118,6 +118,20 @@ pub(super) fn warnings(tree: &Tree) -> Vec<String> {
 }
 
 impl Unit {
+    /// What can be told without a commit.
+    pub(super) fn check(&self) -> Result<()> {
+        let is_hexadecimal = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if let Some(id) = &self.machine_id {
+            ensure!(
+                id.len() == 32
+                    && id.bytes().all(is_hexadecimal)
+                    && id.bytes().any(|byte| byte != b'0'),
+                "--machine-id {id:?}: it is 32 lowercase hexadecimal digits, as `systemd-id128 new` prints them"
+            );
+        }
+        Ok(())
+    }
+
     /// Writes the unit's /etc into a deployment, and returns the configuration that the device has with it.
     pub(super) fn install(
         &self,
@@ -127,14 +141,6 @@ impl Unit {
     ) -> Result<Config> {
         let etc = Etc(deployment);
         if let Some(id) = &self.machine_id {
-            ensure!(
-                id.len() == 32
-                    && id
-                        .bytes()
-                        .all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
-                    && id.bytes().any(|byte| byte != b'0'),
-                "{id:?} is not a machine id: it is 32 lowercase hexadecimal digits, as `systemd-id128 new` prints them"
-            );
             etc.write(MACHINE_ID, format!("{id}\n").as_bytes(), 0o444)?;
         }
         if let Some(path) = &self.identity {
@@ -305,5 +311,24 @@ impl Etc<'_> {
             Err(error) => bail!("replacing {}: {error}", path.display()),
         }
         Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::escape;
+
+    #[test]
+    fn a_path_is_a_unit_s_name_as_systemd_escape_makes_it() {
+        for (path, name) in [
+            ("", "-"),
+            ("var", "var"),
+            ("var/lib", "var-lib"),
+            ("a-b", "a\\x2db"),
+            (".a", "\\x2ea"),
+            ("a.b_c", "a.b_c"),
+        ] {
+            assert_eq!(escape(path), name);
+        }
     }
 }

@@ -10,6 +10,7 @@ mod bench;
 mod cli;
 mod compose;
 mod device;
+mod image;
 mod publish;
 mod python_tuf;
 mod serve;
