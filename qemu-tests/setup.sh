@@ -16,7 +16,7 @@ packages=(
     gcc libc6-dev pkg-config libostree-dev git make curl ca-certificates
     # The OS image.
     mmdebstrap debian-archive-keyring ostree
-    grub-common grub-efi-amd64-bin dosfstools mtools e2fsprogs fdisk attr libcap2-bin
+    grub-common grub-efi-amd64-bin dosfstools mtools e2fsprogs fdisk attr libcap2-bin bmap-tools
     # The machine: its firmware, its disk overlays.
     ovmf qemu-utils util-linux
     # U-Boot, built from source, and the tools that share its environment.

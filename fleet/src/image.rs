@@ -234,11 +234,17 @@ fn kernel_arguments<'a>(layout: &'a Layout, request: &'a Request) -> Result<Vec<
     for argument in &request.kernel_arguments {
         layout::kernel_argument(argument)?;
     }
-    let arguments = layout
-        .kernel_arguments
-        .iter()
-        .chain(&request.kernel_arguments);
-    Ok(arguments.map(String::as_str).collect())
+    let arguments = layout.kernel_arguments.iter();
+    let arguments: Vec<_> = arguments
+        .chain(&request.kernel_arguments)
+        .map(String::as_str)
+        .collect();
+    if let Some(argument) = arguments.iter().find(|argument| argument.contains('\''))
+        && layout.bootloader == Bootloader::Uboot
+    {
+        bail!("kernel argument {argument:?}: U-Boot's shell cannot quote a single quote");
+    }
+    Ok(arguments)
 }
 
 /// U-Boot itself, if it is to be on the disk.

@@ -152,6 +152,11 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// One that somebody else made, whose first partition has the environment.
+    pub fn made(path: PathBuf) -> Self {
+        Self { path }
+    }
+
     /// A partition for the environment, empty, and one of `boot_mib` with the directory `boot` in it.
     pub fn with_fat(path: PathBuf, boot: &Path, boot_mib: u64) -> Result<Self> {
         let disk = Self::new(path, boot_mib)?;

@@ -210,8 +210,11 @@ fn bmap(size: u64, mapped: u64, rows: &str) -> String {
 /// Renames what was made to where it is wanted, through the disk.
 pub(super) fn place(from: &Path, to: &Path) -> Result<()> {
     let placing = || format!("writing {}", to.display());
-    File::open(from)
-        .and_then(|file| file.sync_all())
-        .with_context(placing)?;
-    fs::rename(from, to).with_context(placing)
+    let place = || -> std::io::Result<()> {
+        File::open(from)?.sync_all()?;
+        fs::rename(from, to)?;
+        let above = to.parent().filter(|above| *above != Path::new(""));
+        File::open(above.unwrap_or(Path::new(".")))?.sync_all()
+    };
+    place().with_context(placing)
 }
