@@ -118,9 +118,8 @@ impl Disk {
         Ok(())
     }
 
-    /// To the disk, and read through once.
+    /// Reads it through once.
     pub(super) fn finish(self) -> Result<Written> {
-        self.file.sync_all().context("writing the disk")?;
         let ranges = blocks(self.used, self.size);
         let mut whole = sha2::Sha256::new();
         let mut block = vec![0; MIB as usize];
