@@ -123,6 +123,13 @@ pub fn check(superblock: &[u8], delta: &Delta, target: Commit) -> Result<(), Mis
     Ok(())
 }
 
+/// How many objects the delta makes, as far as it says so: 33 bytes stand for each, behind the head of its part.
+pub fn objects(superblock: &[u8]) -> u64 {
+    let all = Container::new(superblock, "the superblock");
+    let parts = (|| all.slice(align(all.end(4)?), all.end(5)?, "the parts"))();
+    parts.map_or(0, |parts| parts.len() as u64 / 33)
+}
+
 /// The sha256 in each member of an `a(uayttay)`.
 fn part_digests(bytes: &[u8]) -> Result<Vec<Option<Sha256>>, Mismatch> {
     if bytes.is_empty() {

@@ -205,9 +205,7 @@ impl Device {
             .into());
         }
         let Plan { total, missing, .. } = way.plan();
-        let unpacked = way.unpacked().to_string();
-        self.deployer::<Done>(&["preflight", "--unpacked", &unpacked])
-            .await?;
+        self.preflight(&way, way.objects()).await?;
         self.has_room(missing)?;
         let files = self.files(target, &way);
         let fetched = if let Way::Objects { here, .. } = &way {
@@ -236,6 +234,13 @@ impl Device {
                     break;
                 }
                 done += file.length;
+                // The first file of a delta says how many objects the others bring.
+                if let (Way::Deltas { to, .. }, true) = (&way, done == files[0].length) {
+                    let path = self.spool.slot(to, Name::Superblock).path();
+                    let superblock =
+                        fs::read(&path).with_context(|| format!("reading {}", path.display()))?;
+                    self.preflight(&way, delta::objects(&superblock)).await?;
+                }
             }
             fetched
         };
@@ -246,6 +251,12 @@ impl Device {
             return Err(error.into());
         }
         Ok(())
+    }
+
+    async fn preflight(&self, way: &Way<'_>, objects: u64) -> Result<(), StepError> {
+        let (unpacked, objects) = (way.unpacked().to_string(), objects.to_string());
+        let arguments = ["preflight", "--unpacked", &unpacked, "--objects", &objects];
+        self.deployer::<Done>(&arguments).await.map(drop)
     }
 
     /// What is wrong with the delta itself counts as an attempt, too: it is as wrong the next time.
@@ -414,6 +425,14 @@ impl<'a> Way<'a> {
                     missing: total.saturating_sub(*here),
                 }
             }
+        }
+    }
+
+    /// Objects that the next step adds to the repository, as far as they are known.
+    fn objects(&self) -> u64 {
+        match self {
+            Self::Deltas { .. } | Self::Index(_) => 0,
+            Self::Objects { objects, .. } => objects.len() as u64,
         }
     }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use offshoot::commit::{Commit, Sha256};
-use offshoot::delta::{Mismatch, check};
+use offshoot::delta::{Mismatch, check, objects};
 use offshoot::trust::schema::{Delta, File};
 
 use crate::bench::Bench;
@@ -43,6 +43,25 @@ fn the_superblock_of_an_honest_delta_is_what_its_manifest_says() {
         let superblock = fs::read(directory.join("superblock")).unwrap();
         assert_eq!(check(&superblock, &delta, two), Ok(()));
     }
+}
+
+#[test]
+fn the_objects_of_a_delta_are_counted_from_its_superblock() {
+    let (bench, _) = Bench::new();
+    let two = bench.release("two", "");
+    let directory = bench.delta(None, two);
+    bench.ostree(&["--repo=only", "init", "--mode=archive"]);
+    bench.ostree(&["--repo=only", "pull-local", "server", &two.to_string()]);
+    let folders = fs::read_dir(bench.path("only/objects")).unwrap();
+    let all: usize = folders
+        .map(|folder| fs::read_dir(folder.unwrap().path()).unwrap().count())
+        .sum();
+    let superblock = fs::read(directory.join("superblock")).unwrap();
+    // All but the commit, which is in the superblock itself; the head of each part counts as another one or two.
+    let (least, parts) = (all as u64 - 1, 1);
+    let counted = objects(&superblock);
+    assert!((least..=least + 2 * parts).contains(&counted), "{counted}");
+    assert_eq!(objects(b"no superblock"), 0);
 }
 
 #[test]

@@ -129,6 +129,16 @@ fn there_must_be_room_before_the_first_byte() {
         bench.refused(&["preflight", "--unpacked", "9000000000000000"]),
         FailureKind::NoSpace
     );
+    // Numbers from outside, however large.
+    let most = u64::MAX.to_string();
+    assert_eq!(
+        bench.refused(&["preflight", "--unpacked", &most]),
+        FailureKind::NoSpace
+    );
+    assert_eq!(
+        bench.refused(&["preflight", "--unpacked", "1", "--objects", &most]),
+        FailureKind::NoSpace
+    );
 }
 
 #[test]

@@ -66,6 +66,9 @@ enum Verb {
         /// The bytes that the release unpacks to.
         #[arg(long)]
         unpacked: u64,
+        /// The objects that it adds to the repository, as far as they are known.
+        #[arg(long, default_value_t = 0)]
+        objects: u64,
     },
     /// Stores a delta, in a directory with `superblock`, `0`, `1` …, in the repository.
     Apply {
@@ -143,7 +146,7 @@ fn run(arguments: &Arguments) -> Result<serde_json::Value, Failure> {
             spool,
             commit,
         } => json!(lock()?.import(index, spool, *commit)?),
-        Verb::Preflight { unpacked } => json!(look()?.preflight(*unpacked)?),
+        Verb::Preflight { unpacked, objects } => json!(look()?.preflight(*unpacked, *objects)?),
         Verb::Apply { spool, commit } => json!(lock()?.apply(spool, *commit)?),
         Verb::Deploy { commit } => json!(lock()?.deploy(*commit)?),
         Verb::Undeploy { commit } => json!(lock()?.undeploy(*commit)?),

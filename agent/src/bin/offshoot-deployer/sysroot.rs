@@ -15,6 +15,9 @@ const STAGED: &str = "offshoot/staged";
 /// Room beside what a release unpacks to: metadata, and what the running system writes meanwhile.
 const MARGIN: u64 = 32 << 20;
 
+/// Directories and links of a deployment, and what the running system makes meanwhile.
+const INODE_MARGIN: u64 = 2000;
+
 const NONE: Option<&Cancellable> = None;
 
 pub(crate) struct Sysroot {
@@ -238,11 +241,23 @@ impl Sysroot {
     }
 
     /// Before the first byte: that what is to come fits, in numbers.
-    pub(crate) fn preflight(&self, unpacked: u64) -> Result<Done, Failure> {
+    pub(crate) fn preflight(&self, unpacked: u64, objects: u64) -> Result<Done, Failure> {
+        let path = self.path.join("ostree/repo");
+        let (free, all) = self.inodes("ostree/repo")?;
+        let needed = objects.saturating_add(INODE_MARGIN);
+        // File systems that make them as they need them say that there are none.
+        if all > 0 && free < needed {
+            return Err(failure(
+                FailureKind::NoSpace,
+                format!(
+                    "{}: {needed} inodes are needed, {free} are free",
+                    path.display()
+                ),
+            ));
+        }
         let repo_free = self.free("ostree/repo")?;
-        let needed = unpacked + MARGIN;
+        let needed = unpacked.saturating_add(MARGIN);
         if repo_free < needed {
-            let path = self.path.join("ostree/repo");
             return Err(failure(
                 FailureKind::NoSpace,
                 format!(
@@ -279,14 +294,24 @@ impl Sysroot {
     }
 
     fn free(&self, below: &str) -> Result<u64, Failure> {
+        let stat = self.statvfs(below)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    /// Those that are free, and all.
+    fn inodes(&self, below: &str) -> Result<(u64, u64), Failure> {
+        let stat = self.statvfs(below)?;
+        Ok((stat.f_favail, stat.f_files))
+    }
+
+    fn statvfs(&self, below: &str) -> Result<rustix::fs::StatVfs, Failure> {
         let path = self.path.join(below);
-        let stat = rustix::fs::statvfs(&path).map_err(|error| {
+        rustix::fs::statvfs(&path).map_err(|error| {
             failure(
                 FailureKind::Unsuited,
                 format!("reading {}: {error}", path.display()),
             )
-        })?;
-        Ok(stat.f_bavail * stat.f_frsize)
+        })
     }
 
     /// What a new deployment takes its kernel arguments and /etc from: the running one, or outside of one the default.
