@@ -45,6 +45,11 @@ impl Vm {
         Ok(output.stdout.trim().to_owned())
     }
 
+    /// Asks the guest to reboot. Does not wait: the agent goes away with the system that it runs in.
+    pub fn reboot(&mut self) -> Result<()> {
+        self.begin(&["systemctl", "reboot"], b"").map(drop)
+    }
+
     /// Writes a file in the guest.
     pub fn write_file(&mut self, path: &str, content: &[u8]) -> Result<()> {
         let argv = ["/bin/sh", "-c", "cat > \"$0\"", path];
@@ -62,18 +67,7 @@ impl Vm {
         input: &[u8],
     ) -> Result<Output> {
         let argv: Vec<&str> = argv.as_ref().iter().map(AsRef::as_ref).collect();
-        let (program, arguments) = argv.split_first().context("an empty command")?;
-        self.wait_for_agent()?;
-        let started = self.agent(
-            "guest-exec",
-            json!({
-                "path": program,
-                "arg": arguments,
-                "input-data": base64(input),
-                "capture-output": true,
-                "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"],
-            }),
-        )?;
+        let started = self.begin(&argv, input)?;
         let deadline = Instant::now() + PATIENCE;
         let mut pause = Duration::from_millis(10);
         loop {
@@ -103,6 +97,21 @@ impl Vm {
             while self.watch.take_in(next)? {}
             pause = (2 * pause).min(Duration::from_millis(320));
         }
+    }
+
+    fn begin(&mut self, argv: &[&str], input: &[u8]) -> Result<Value> {
+        let (program, arguments) = argv.split_first().context("an empty command")?;
+        self.wait_for_agent()?;
+        self.agent(
+            "guest-exec",
+            json!({
+                "path": program,
+                "arg": arguments,
+                "input-data": base64(input),
+                "capture-output": true,
+                "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8"],
+            }),
+        )
     }
 
     /// Whether the agent answers in good time. What it still had to say to somebody before is dropped.
