@@ -421,13 +421,21 @@ fn published(summary: &publish::Summary) -> String {
     };
     let mut text =
         format!("{commit}\n{done} {version}, release {serial} of {channel} for {hardware}");
-    for delta in &summary.deltas {
+    let (chain, direct): (Vec<_>, Vec<_>) =
+        summary.deltas.iter().partition(|delta| delta.to.is_some());
+    for delta in direct {
         let from = delta
             .from
             .map_or("nothing".to_owned(), |from| from.to_string());
         text += &format!(
             "\n  from {from}: {} bytes, {} unpacked",
             delta.download, delta.usize
+        );
+    }
+    if !chain.is_empty() {
+        text += &format!(
+            "\n  on the way: {} deltas that led to former releases",
+            chain.len()
         );
     }
     text

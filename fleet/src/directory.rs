@@ -44,6 +44,9 @@ pub(crate) struct Settings {
     /// From how many former releases a new one gets deltas.
     #[serde(default = "deltas")]
     pub deltas: usize,
+    /// To how many former releases the deltas that led to them are named on the way to a new one.
+    #[serde(default = "chain")]
+    pub chain: usize,
     /// Whether each release also gets a delta from nothing.
     #[serde(default)]
     pub full: bool,
@@ -88,6 +91,10 @@ pub(crate) struct Busy(PathBuf);
 
 pub(crate) const fn deltas() -> usize {
     3
+}
+
+pub(crate) const fn chain() -> usize {
+    10
 }
 
 impl Default for Lifetimes {
@@ -220,6 +227,9 @@ hardware = [{}]
 # From how many former releases of the channel and hardware a new one gets deltas.
 deltas = {}
 
+# For devices that are further behind: how many former releases may be on the way to a new one, by the deltas that led to them.
+chain = {}
+
 # Whether each release also gets a delta from nothing, for devices that have none of those releases.
 full = false
 
@@ -233,6 +243,7 @@ timestamp = \"{timestamp}\"
 ",
             list.join(", "),
             deltas(),
+            chain(),
         )
     }
 }

@@ -17,7 +17,7 @@ use ostree::gio::{self, Cancellable};
 use ostree::{Repo, RepoMode};
 use serde::Serialize;
 
-use crate::directory::{Fleet, Lifetimes, SETTINGS, Settings, deltas};
+use crate::directory::{Fleet, Lifetimes, SETTINGS, Settings, chain, deltas};
 use crate::keys::{self, Signer};
 use crate::publication::{Draft, Publication};
 use crate::writer::{Writer, make_directory};
@@ -65,6 +65,7 @@ pub(crate) fn init(
         settings: Settings {
             hardware: hardware.to_vec(),
             deltas: deltas(),
+            chain: chain(),
             full: false,
             lifetimes: Lifetimes::default(),
         },

@@ -20,7 +20,7 @@ use serde::Serialize;
 use crate::directory::Fleet;
 use crate::publication::{Publication, releases};
 use crate::writer::Writer;
-use crate::{publish, refresh};
+use crate::{delta, publish, refresh};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Summary {
@@ -131,7 +131,7 @@ fn named(fleet: &Fleet, publication: &Publication) -> Result<BTreeSet<PathBuf>> 
             named.insert(format!("{folder}/{commit}.{version}.commit").into());
             named.insert(format!("{folder}/{digest}.{version}.manifest.json").into());
             for delta in publish::manifest(fleet, channel, &release)?.deltas {
-                for file in delta.parts.iter().chain([&delta.superblock]) {
+                for file in delta::files(&delta) {
                     named.insert(file.path.as_str().into());
                 }
             }
@@ -207,7 +207,8 @@ mod tests {
     #[test]
     fn what_only_a_former_release_names_goes_and_devices_do_not_notice() {
         let bench = Bench::new();
-        let fleet = bench.fleet();
+        let mut fleet = bench.fleet();
+        fleet.settings.chain = 0;
         publish(&fleet, &request("1.1.0"), now(2)).unwrap();
         let before = files(&fleet.public());
         assert_eq!(prune(&fleet, 2, now(3)).unwrap().releases, []);

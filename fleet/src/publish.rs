@@ -58,6 +58,9 @@ pub(crate) struct Summary {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct DeltaSummary {
     pub from: Option<Commit>,
+    /// A former release, on the way to this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to: Option<Commit>,
     /// What a device downloads.
     pub download: u64,
     /// What it unpacks to.
@@ -69,6 +72,7 @@ impl DeltaSummary {
     pub(crate) fn of(delta: &Delta) -> Result<Self> {
         Ok(Self {
             from: delta.from,
+            to: delta.to,
             download: delta
                 .download()
                 .context("a delta's size does not fit 64 bits")?,
@@ -138,7 +142,25 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         ));
     }
 
-    let manifest = Manifest {
+    let mut former_manifests = Vec::new();
+    for release in held.iter().rev() {
+        match self::manifest(fleet, channel, release) {
+            Ok(manifest) => former_manifests.push(manifest),
+            Err(error) => warnings.push(format!(
+                "no delta of {} is named: {error:#}",
+                release.version
+            )),
+        }
+    }
+    let chain = delta::chain(
+        &fleet.public(),
+        commit,
+        &deltas,
+        &former_manifests,
+        fleet.settings.chain,
+        &mut warnings,
+    );
+    let mut manifest = Manifest {
         format: FORMAT,
         commit,
         version: version.clone(),
@@ -146,12 +168,7 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         deltas,
         objects: None,
     };
-    let bytes = manifest.to_bytes()?;
-    ensure!(
-        bytes.len() as u64 <= MANIFEST_LIMIT,
-        "the manifest has {} bytes, and devices read {MANIFEST_LIMIT}: publish with fewer --deltas",
-        bytes.len()
-    );
+    let bytes = fill(&mut manifest, chain, &mut warnings)?;
     let digested = Digested {
         length: bytes.len() as u64,
         sha256: Sha256::of(&bytes),
@@ -212,6 +229,43 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
             .collect::<Result<_>>()?,
         warnings,
     })
+}
+
+/// The manifest's bytes, with as much of the chain as there is room for.
+fn fill(manifest: &mut Manifest, chain: Vec<Delta>, warnings: &mut Vec<String>) -> Result<Vec<u8>> {
+    let bytes = manifest.to_bytes()?;
+    let mut room = MANIFEST_LIMIT
+        .checked_sub(bytes.len() as u64)
+        .with_context(|| {
+            format!(
+                "the manifest has {} bytes, and devices read {MANIFEST_LIMIT}: publish with fewer --deltas",
+                bytes.len()
+            )
+        })?;
+    let whole = chain.len();
+    let mut named = 0;
+    for delta in chain {
+        // And a comma.
+        let size = serde_json::to_vec(&delta)?.len() as u64 + 1;
+        let Some(left) = room.checked_sub(size) else {
+            break;
+        };
+        room = left;
+        named += 1;
+        manifest.deltas.push(delta);
+    }
+    if named < whole {
+        warnings.push(format!(
+            "the manifest has room for {named} of the {whole} deltas to former releases, the newest: devices that are further behind need a delta from nothing, or the objects"
+        ));
+    }
+    let bytes = manifest.to_bytes()?;
+    ensure!(
+        bytes.len() as u64 <= MANIFEST_LIMIT,
+        "the manifest has {} bytes, and devices read {MANIFEST_LIMIT}: set a smaller `chain` in fleet.toml",
+        bytes.len()
+    );
+    Ok(bytes)
 }
 
 fn unchanged(fleet: &Fleet, request: &Request, release: &Release) -> Result<Summary> {
@@ -304,10 +358,10 @@ fn resolve(repo: &Repo, rev: &str) -> Result<Commit> {
     if let Ok(commit) = rev.parse() {
         return Ok(commit);
     }
-    let found = repo
-        .resolve_rev(rev, true)
-        .with_context(|| format!("looking for the branch {rev}"))?;
-    let Some(found) = found else {
+    // Not `resolve_rev`: to that a branch named 7 is a commit that begins so.
+    let branches = repo.list_refs(None, NONE);
+    let branches = branches.with_context(|| format!("looking for the branch {rev}"))?;
+    let Some(found) = branches.get(rev) else {
         bail!(
             "the repository has no branch {rev}: name one (`ostree refs` lists them) or a whole commit checksum"
         );

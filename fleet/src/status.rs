@@ -2,7 +2,7 @@
 //!
 //! Files are looked at by their length, not their digest.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -14,9 +14,9 @@ use offshoot::trust::schema::{self, HardwareId, ReleaseVersion, RoleName, Versio
 use serde::Serialize;
 
 use crate::directory::Fleet;
-use crate::keys;
 use crate::publication::{Publication, Release, releases, stem};
 use crate::publish::{self, DeltaSummary};
+use crate::{delta, keys};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Status {
@@ -116,10 +116,11 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
     keys_of_others(fleet, &publication, &mut warnings)?;
     let repo = publish::open_repo(&fleet.repo())?;
     let mut channels = BTreeMap::new();
+    let mut seen = BTreeSet::new();
     for (name, document) in &publication.channels {
         let mut by_hardware: BTreeMap<HardwareId, Vec<ReleaseStatus>> = BTreeMap::new();
         for release in releases(name, document)? {
-            let deltas = deltas(fleet, name, &release, &mut warnings)?;
+            let deltas = deltas(fleet, name, &release, &mut seen, &mut warnings)?;
             by_hardware
                 .entry(release.hardware.clone())
                 .or_default()
@@ -190,6 +191,7 @@ fn deltas(
     fleet: &Fleet,
     channel: &RoleName,
     release: &Release,
+    seen: &mut BTreeSet<String>,
     warnings: &mut Vec<Warning>,
 ) -> Result<Vec<DeltaSummary>> {
     let manifest = match publish::manifest(fleet, channel, release) {
@@ -212,10 +214,12 @@ fn deltas(
     let object = format!("targets/{channel}/{hardware}/{commit}.{version}.commit");
     let mut files = vec![(object, None)];
     for delta in &manifest.deltas {
-        for schema::File { path, length, .. } in delta.parts.iter().chain([&delta.superblock]) {
+        for schema::File { path, length, .. } in delta::files(delta) {
             files.push((path.to_string(), Some(*length)));
         }
     }
+    // A delta is named by every release that it is on the way to.
+    files.retain(|(path, _)| seen.insert(path.clone()));
     for (path, want) in files {
         let path = fleet.public().join(path);
         let found = fs::metadata(&path).map(|meta| meta.len());
@@ -270,7 +274,7 @@ impl fmt::Display for Status {
                         deltas,
                     } = release;
                     writeln!(f, "    {serial:>4}  {version:<12}  {commit}")?;
-                    for delta in deltas {
+                    for delta in deltas.iter().filter(|delta| delta.to.is_none()) {
                         let from = delta.from.map_or("nothing".to_owned(), |from| {
                             let held = releases.iter().find(|release| release.commit == from);
                             held.map_or(from.to_string(), |held| held.version.to_string())

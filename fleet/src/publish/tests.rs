@@ -42,7 +42,7 @@ fn a_device_sees_the_former_release_or_the_new_one_after_a_cut_at_any_write() {
         let again = publish(&fleet, &request("1.1.0"), now(3)).unwrap();
         assert_eq!(
             (again.serial, again.deltas.len()),
-            (2, 2),
+            (2, 3),
             "after {steps} steps"
         );
         assert_eq!(
@@ -118,4 +118,41 @@ fn a_clock_behind_the_last_publication_signs_nothing() {
     let before = fs::read(fleet.metadata("timestamp.json")).unwrap();
     publish(&fleet, &request("1.1.0"), now(0)).unwrap_err();
     assert_eq!(fs::read(fleet.metadata("timestamp.json")).unwrap(), before);
+}
+
+#[test]
+fn a_manifest_has_as_much_of_the_chain_as_devices_read() {
+    let bench = Bench::new();
+    let fleet = bench.fleet();
+    let published = publish(&fleet, &request("1.1.0"), now(2)).unwrap();
+    let release = releases(
+        &"stable".parse().unwrap(),
+        Publication::read(&fleet)
+            .unwrap()
+            .channel(&"stable".parse().unwrap())
+            .unwrap(),
+    )
+    .unwrap()
+    .pop()
+    .unwrap();
+    let mut manifest = manifest(&fleet, &"stable".parse().unwrap(), &release).unwrap();
+    assert_eq!(manifest.deltas.len(), published.deltas.len());
+    let one = Delta {
+        to: Some(release.commit),
+        ..manifest.deltas[0].clone()
+    };
+    let least = manifest.deltas.len();
+    let mut warnings = Vec::new();
+    let bytes = fill(&mut manifest, vec![one.clone(); 5000], &mut warnings).unwrap();
+    let room = MANIFEST_LIMIT - bytes.len() as u64;
+    let size = serde_json::to_vec(&one).unwrap().len() as u64;
+    assert!(room < size + 1, "{room}");
+    assert_eq!(warnings.len(), 1);
+    assert!(manifest.deltas.len() > least);
+    // What has no room even so is not published.
+    let mut manifest = Manifest {
+        deltas: vec![one; 5000],
+        ..manifest
+    };
+    fill(&mut manifest, Vec::new(), &mut Vec::new()).unwrap_err();
 }

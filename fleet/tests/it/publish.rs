@@ -4,6 +4,7 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 
 use jiff::Timestamp as Time;
+use offshoot::route::{chains, goal};
 use serde_json::{Value, json};
 
 use crate::bench::{Bench, files, noise};
@@ -57,7 +58,7 @@ fn a_device_goes_from_an_empty_channel_through_two_releases() {
             .unwrap();
         assert_eq!(checked(&bench.public(), &release), version);
         assert_eq!(release.manifest.commit.to_string(), commit);
-        let [delta] = &release.manifest.deltas[..] else {
+        let [delta, ..] = &release.manifest.deltas[..] else {
             panic!("{:?}", release.manifest);
         };
         assert_eq!(
@@ -153,7 +154,7 @@ fn the_same_again_changes_nothing_and_a_version_is_never_used_twice() {
         (&again["serial"], &again["unchanged"]),
         (&json!(2), &json!(true))
     );
-    assert_eq!(again["deltas"].as_array().unwrap().len(), 2);
+    assert_eq!(again["deltas"].as_array().unwrap().len(), 3);
     assert_eq!(files(&bench.public()), before);
 
     // Another commit under a version that is taken.
@@ -255,6 +256,7 @@ fn deltas_come_from_the_last_releases_and_are_made_once() {
         commits.push(json!(bench.compose(version, 9)));
         let published = bench.publish("stable", version, &[]);
         let deltas = published["deltas"].as_array().unwrap().iter();
+        let deltas = deltas.filter(|delta| delta["to"].is_null());
         let from: Vec<_> = deltas.map(|delta| delta["from"].clone()).collect();
         let last = commits[..commits.len() - 1].iter().rev().take(3);
         assert_eq!(from, last.cloned().collect::<Vec<_>>());
@@ -267,6 +269,70 @@ fn deltas_come_from_the_last_releases_and_are_made_once() {
         (&json!(2), &commits[3])
     );
     assert_eq!(files(&bench.public().join("deltas")), before);
+}
+
+/// The releases that a device which has `from` goes through.
+fn way(release: &offshoot::trust::Release, from: &str) -> Vec<String> {
+    let manifest = &release.manifest;
+    let sizes: Vec<_> = manifest
+        .deltas
+        .iter()
+        .map(|delta| delta.download().unwrap())
+        .collect();
+    let [way, _] = chains(manifest, |commit| commit.to_string() == from, &sizes);
+    let hops = way.map(|way| way.hops).unwrap_or_default();
+    hops.iter()
+        .map(|hop| goal(manifest, hop).to_string())
+        .collect()
+}
+
+#[test]
+fn a_device_that_is_far_behind_goes_from_delta_to_delta() {
+    let bench = Bench::new();
+    let settings = bench.path("fleet/fleet.toml");
+    let text = fs::read_to_string(&settings).unwrap();
+    fs::write(&settings, text.replace("chain = 10", "chain = 3")).unwrap();
+    let mut commits = Vec::new();
+    let mut device = bench.device();
+    let mut seen = || {
+        let found = device.poll(&bench.public(), Time::now()).unwrap().found;
+        let release = found.unwrap();
+        checked(&bench.public(), &release);
+        release
+    };
+    bench.ostree(&["--repo=taken", "init", "--mode=bare-user"]);
+    for version in ["1", "2", "3", "4", "5", "6"] {
+        commits.push(bench.compose(version, 9));
+        let full = if version == "1" { "--full" } else { "--json" };
+        bench.publish("stable", version, &["--deltas=1", full]);
+    }
+    let release = seen();
+    assert_eq!(way(&release, &commits[4]), &commits[5..]);
+    assert_eq!(way(&release, &commits[1]), &commits[2..]);
+    // Further behind than three releases and the last delta.
+    assert_eq!(way(&release, &commits[0]), &commits[..0]);
+
+    // Who keeps one release keeps the ways to it, and the next one continues them.
+    bench.run(&["prune", "--keep=1"]);
+    seen();
+    commits.push(bench.compose("7", 9));
+    bench.publish("stable", "7", &["--deltas=1"]);
+    let release = seen();
+    assert_eq!(way(&release, &commits[2]), &commits[3..]);
+    assert_eq!(way(&release, &commits[1]), &commits[..0]);
+    assert_eq!(kinds(&bench.run(&["status"])), Vec::<&str>::new());
+
+    // By what is published a device gets there.
+    bench.ostree(&["--repo=taken", "pull-local", "fleet/repo", &commits[2]]);
+    for (from, to) in commits[2..].iter().zip(&commits[3..]) {
+        let superblock = bench
+            .public()
+            .join(format!("deltas/{from}-{to}/superblock"));
+        let superblock = superblock.to_str().unwrap();
+        bench.ostree(&["--repo=taken", "static-delta", "apply-offline", superblock]);
+    }
+    bench.ostree(&["--repo=taken", "fsck", "--quiet"]);
+    bench.ostree(&["--repo=taken", "ls", &commits[6], "/usr/bin/tool"]);
 }
 
 #[test]
