@@ -21,8 +21,8 @@ packages=(
     ovmf qemu-utils util-linux
     # U-Boot, built from source, and the tools that share its environment.
     gcc-aarch64-linux-gnu libc6-dev-arm64-cross bison flex bc bzip2 libssl-dev u-boot-tools libubootenv-tool
-    # The device's programs for arm64 (agent/cross-arm64), and starting them.
-    qemu-user-static
+    # The device's programs for arm64 (agent/cross-arm64), an OS for it, and starting what is in it.
+    qemu-user-static arch-test
     # A web server that is not ours.
     nginx-light openssl
     # A TUF implementation that is not ours.

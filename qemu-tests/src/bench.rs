@@ -36,9 +36,9 @@ impl Bench {
             disk,
             commit,
             fleet,
-        } = image::factory(&cache)?;
+        } = image::factory(&cache, options.board)?;
         let directory = cache.scratch()?;
-        let fleet = Fleet::copy(&fleet, &directory.path().join("fleet"))?;
+        let fleet = Fleet::copy(options.board, &fleet, &directory.path().join("fleet"))?;
         let server = match web {
             Web::Fleet => Server::of_fleet(fleet.directory())?,
             Web::Nginx => Server::nginx(&fleet.public())?,

@@ -9,6 +9,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use offshoot::commit::Commit;
 
+use crate::board::Board;
 use crate::cache::Cache;
 use crate::release::{Fault, Release, Trust};
 use crate::server::Server;
@@ -16,24 +17,24 @@ use crate::{host, os, run};
 
 /// What the devices of the test bed follow.
 pub const CHANNEL: &str = "stable";
-pub const HARDWARE: &str = "qemu-x86_64";
-
-const BRANCH: &str = "os/stable/qemu-x86_64";
 
 pub struct Fleet {
+    board: Board,
     directory: PathBuf,
 }
 
 impl Fleet {
     /// A new fleet: keys, an empty repository, metadata without releases, a server's authority.
-    pub fn init(directory: &Path) -> Result<Self> {
+    pub fn init(board: Board, directory: &Path) -> Result<Self> {
         let fleet = Self {
+            board,
             directory: directory.to_owned(),
         };
         host::run(
             fleet
                 .command()?
-                .args(["init", "--channel", CHANNEL, "--hardware", HARDWARE]),
+                .args(["init", "--channel", CHANNEL])
+                .args(["--hardware", board.hardware()]),
         )?;
         // The authority is made when it serves for the first time.
         drop(Server::of_fleet(directory)?);
@@ -41,7 +42,7 @@ impl Fleet {
     }
 
     /// A copy of the fleet in `from`, in `to`; it shares its objects.
-    pub fn copy(from: &Path, to: &Path) -> Result<Self> {
+    pub fn copy(board: Board, from: &Path, to: &Path) -> Result<Self> {
         fs::create_dir(to)?;
         copy_all(from, to, "repo")?;
         let (from, repository) = (from.join("repo"), to.join("repo"));
@@ -55,6 +56,7 @@ impl Fleet {
             repository.join("objects")
         )?;
         Ok(Self {
+            board,
             directory: to.to_owned(),
         })
     }
@@ -88,10 +90,12 @@ impl Fleet {
     pub fn compose(&self, cache: &Cache, release: &Release) -> Result<Commit> {
         let scratch = cache.scratch()?;
         let tree = scratch.path().join("tree");
-        release.write_tree(&os::base_tree(cache)?, &self.trust()?, &tree)?;
+        let base = os::base_tree(cache, self.board)?;
+        release.write_tree(self.board, &base, &self.trust()?, &tree)?;
         let composed = host::run(
             self.command()?
-                .args(["compose", "--branch", BRANCH, "--timestamp", "1767225600"])
+                .args(["compose", "--timestamp", "1767225600"])
+                .args(["--branch", &self.branch()])
                 .args(["--release", &release.version])
                 .arg("--tree")
                 .arg(tree),
@@ -104,7 +108,8 @@ impl Fleet {
     /// Commits `release` as a difference from the last one that was composed: all that a broken one needs, in a tenth of the time.
     pub fn commit_difference(&self, cache: &Cache, release: &Release) -> Result<Commit> {
         let overlay = cache.scratch()?;
-        release.write_overlay(&os::base_tree(cache)?, &self.trust()?, overlay.path())?;
+        let base = os::base_tree(cache, self.board)?;
+        release.write_overlay(self.board, &base, &self.trust()?, overlay.path())?;
         // Where compose puts it.
         fs::rename(overlay.path().join("etc"), overlay.path().join("usr/etc"))?;
         let commit = run!(
@@ -113,7 +118,7 @@ impl Fleet {
             format!("--repo={}", self.repository().display()),
             format!("--branch=difference/{}", release.version),
             "--timestamp=2026-01-01 00:00:00 UTC",
-            format!("--tree=ref={BRANCH}"),
+            format!("--tree=ref={}", self.branch()),
             format!("--tree=dir={}", overlay.path().display()),
             format!("--add-metadata-string=version={}", release.version),
         )?;
@@ -129,11 +134,16 @@ impl Fleet {
         };
         host::run(
             self.command()?
-                .args(["publish", "--channel", CHANNEL, "--hardware", HARDWARE])
+                .args(["publish", "--channel", CHANNEL])
+                .args(["--hardware", self.board.hardware()])
                 .args(["--release", &release.version, "--deltas", "1"])
                 .arg(commit.to_string()),
         )?;
         Ok(commit)
+    }
+
+    fn branch(&self) -> String {
+        format!("os/{CHANNEL}/{}", self.board.hardware())
     }
 
     fn command(&self) -> Result<Command> {

@@ -37,15 +37,24 @@ macro_rules! run {
 
 /// One of this workspace's own programs, built for release as a device has it.
 pub fn program(name: &str) -> Result<PathBuf> {
+    built("release", name, "make binaries")
+}
+
+/// The same for arm64.
+pub fn cross_program(name: &str) -> Result<PathBuf> {
+    built("aarch64-unknown-linux-gnu/release", name, "make arm64")
+}
+
+fn built(directory: &str, name: &str, by: &str) -> Result<PathBuf> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let target = match std::env::var_os("CARGO_TARGET_DIR") {
         Some(target) => workspace.join(target),
         None => workspace.join("target"),
     };
-    let program = target.join("release").join(name);
+    let program = target.join(directory).join(name);
     program
         .canonicalize()
-        .with_context(|| format!("finding {}: `make binaries` builds it", program.display()))
+        .with_context(|| format!("finding {}: `{by}` builds it", program.display()))
 }
 
 /// Does `work` and tells how long it took.

@@ -1,4 +1,5 @@
-//! The disk image of a device: ESP with GRUB, boot file system, root file system with one deployment.
+//! The disk image of a device: the bootloader's partition (GRUB on an ESP, or U-Boot's environment), boot file system, root file system with
+//! one deployment.
 //!
 //! Owns the partition layout and how it is filled without mounting anything: each file system is made in its place in the
 //! image, from a directory that libostree prepared.
@@ -12,11 +13,15 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result};
 use bootloader_glue::config::{ESP_CFG, GRUB_MODULES};
 use bootloader_glue::grub;
+use bootloader_glue::uboot::image::Variables;
+use bootloader_glue::uboot::{self, BOOT_CMD, Count};
 use offshoot::commit::Commit;
 
+use crate::board::Board;
 use crate::cache::{Cache, Ingredients};
 use crate::fleet::Fleet;
 use crate::release::Release;
+use crate::uboot::{COPIES, LAYOUT, Uboot, script_image};
 use crate::{host, os, run};
 
 /// The OSTree stateroot: the name that deployments of this OS share, and with it one `/var`.
@@ -31,7 +36,7 @@ struct Partition {
     kind: &'static str,
 }
 
-// FAT32 wants at least 64 MiB to please all tools.
+// FAT32 wants at least 64 MiB to please all tools. With U-Boot it holds the environment instead.
 const ESP: Partition = Partition {
     start: MIB,
     size: 64 * MIB,
@@ -60,13 +65,7 @@ terminal_output serial
 /// The kernel's arguments besides `ostree=`, which libostree sets.
 /// No security module is in use; `lsm=` spares the seconds that an emulated boot takes to attach one. `quiet` leaves
 /// errors, panics and the units that fail.
-const KERNEL_ARGUMENTS: &[&str] = &[
-    "root=LABEL=root",
-    "rw",
-    "console=ttyS0",
-    "quiet",
-    "lsm=capability",
-];
+const KERNEL_ARGUMENTS: &[&str] = &["root=LABEL=root", "rw", "quiet", "lsm=capability"];
 
 /// A device as the factory delivers it, and the fleet that it belongs to.
 #[derive(Clone, Debug)]
@@ -82,28 +81,34 @@ pub struct Image {
 /// The release that devices leave the factory with.
 pub const FIRST: &str = "1.0.0";
 
-pub fn factory(cache: &Cache) -> Result<Image> {
-    let base = os::base_tree(cache)?;
+pub fn factory(cache: &Cache, board: Board) -> Result<Image> {
+    let base = os::base_tree(cache, board)?;
     let release = Release::good(FIRST);
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut ingredients = Ingredients::default()
         .text(&base.to_string_lossy())
         .path(&manifest.join("../agent/units"))?
         .path(&manifest.join("../agent/health"))?;
-    for source in ["fleet.rs", "image.rs", "release.rs", "server.rs"] {
+    for source in [
+        "board.rs",
+        "fleet.rs",
+        "image.rs",
+        "release.rs",
+        "server.rs",
+    ] {
         ingredients = ingredients.path(&manifest.join("src").join(source))?;
     }
-    for program in [
-        "offshoot",
-        "offshoot-deployer",
-        "ostree-grub-generator",
-        "offshoot-fleet",
-    ] {
-        ingredients = ingredients.path(&host::program(program)?)?;
+    for program in ["offshoot", "offshoot-deployer", "ostree-grub-generator"] {
+        ingredients = ingredients.path(&board.program(program)?)?;
     }
-    let entry = cache.entry("image", ingredients, |entry| {
+    ingredients = ingredients.path(&host::program("offshoot-fleet")?)?;
+    if let Board::Virt(count) = board {
+        let defaults = Uboot::build(cache, count)?.defaults()?;
+        ingredients = ingredients.text(BOOT_CMD).text(&defaults);
+    }
+    let entry = cache.entry(&board.image(), ingredients, |entry| {
         host::timed("making the factory's image", || {
-            build(cache, &release, entry)
+            build(cache, board, &release, entry)
         })
     })?;
     Ok(Image {
@@ -113,15 +118,15 @@ pub fn factory(cache: &Cache) -> Result<Image> {
     })
 }
 
-fn build(cache: &Cache, release: &Release, entry: &Path) -> Result<()> {
+fn build(cache: &Cache, board: Board, release: &Release, entry: &Path) -> Result<()> {
     let work = tempfile::tempdir_in(entry)?;
-    let fleet = Fleet::init(&entry.join("fleet"))?;
+    let fleet = Fleet::init(board, &entry.join("fleet"))?;
     let commit = host::timed("  composing and publishing the release", || {
         fleet.publish(cache, release)
     })?;
     let sysroot = work.path().join("sysroot");
     host::timed("  deploying it", || {
-        deploy(&fleet.repository(), commit, &sysroot)
+        deploy(board, &fleet.repository(), commit, &sysroot)
     })?;
     // The boot file system is one of its own; in the root file system only its mount point stays.
     let boot = work.path().join("boot");
@@ -130,7 +135,14 @@ fn build(cache: &Cache, release: &Release, entry: &Path) -> Result<()> {
     host::timed("  making the file systems", || {
         let disk = entry.join("disk.img");
         partition(&disk)?;
-        make_esp(&disk, work.path())?;
+        match board {
+            Board::Pc => make_esp(&disk, work.path())?,
+            Board::Virt(count) => {
+                let defaults = Uboot::build(cache, count)?.defaults()?;
+                make_environment(&disk, work.path(), &defaults, count)?;
+                fs::write(boot.join("boot.scr"), script_image(BOOT_CMD)?)?;
+            }
+        }
         make_ext4(&disk, "boot", &BOOT, &boot)?;
         make_ext4(&disk, "root", &ROOT, &sysroot)
     })?;
@@ -139,7 +151,7 @@ fn build(cache: &Cache, release: &Release, entry: &Path) -> Result<()> {
     Ok(())
 }
 
-fn deploy(repository: &Path, commit: Commit, sysroot: &Path) -> Result<()> {
+fn deploy(board: Board, repository: &Path, commit: Commit, sysroot: &Path) -> Result<()> {
     fs::create_dir(sysroot)?;
     let own = sysroot.join("ostree/repo");
     let admin = format!("--sysroot={}", sysroot.display());
@@ -151,7 +163,10 @@ fn deploy(repository: &Path, commit: Commit, sysroot: &Path) -> Result<()> {
         format!("--repo={}", own.display()),
         "set",
         "sysroot.bootloader",
-        "grub2"
+        match board {
+            Board::Pc => "grub2",
+            Board::Virt(_) => "uboot",
+        }
     )?;
     run!(
         "ostree",
@@ -160,14 +175,29 @@ fn deploy(repository: &Path, commit: Commit, sysroot: &Path) -> Result<()> {
         repository,
         commit.to_string()
     )?;
-    fs::create_dir_all(sysroot.join("boot/grub2"))?;
-    symlink("../loader/grub.cfg", sysroot.join("boot/grub2/grub.cfg"))?;
+    match board {
+        Board::Pc => {
+            fs::create_dir_all(sysroot.join("boot/grub2"))?;
+            symlink("../loader/grub.cfg", sysroot.join("boot/grub2/grub.cfg"))?;
+        }
+        Board::Virt(_) => {
+            // libostree reads the file that it replaces.
+            fs::create_dir_all(sysroot.join("boot/loader.0"))?;
+            symlink("loader.0", sysroot.join("boot/loader"))?;
+            fs::write(sysroot.join("boot/loader/uEnv.txt"), "")?;
+        }
+    }
     let mut deploy = Command::new("ostree");
     deploy
         .args(["admin", "deploy", &admin])
         .arg(format!("--os={STATEROOT}"));
+    deploy.arg(format!("--karg=console={}", board.console()));
     for argument in KERNEL_ARGUMENTS {
         deploy.arg(format!("--karg={argument}"));
+    }
+    if board != Board::Pc {
+        // Moving the kernel about takes seconds of an emulated boot.
+        deploy.arg("--karg=nokaslr");
     }
     host::run(
         deploy
@@ -220,10 +250,24 @@ fn make_esp(disk: &Path, work: &Path) -> Result<()> {
     for (n, copy) in grub::fresh(3).iter().enumerate() {
         fs::write(esp.join(format!("offshoot/env.{n}")), copy)?;
     }
+    make_vfat(disk, "ESP", &[&esp.join("EFI"), &esp.join("offshoot")])
+}
+
+/// U-Boot's partition: its environment, initialised as the factory does.
+fn make_environment(disk: &Path, work: &Path, defaults: &str, count: Count) -> Result<()> {
+    let variables = uboot::fresh(Variables::from_text(defaults), 3, count);
+    let copies = COPIES.map(|name| work.join(name));
+    for (copy, flag) in copies.iter().zip([1, 0]) {
+        fs::write(copy, LAYOUT.encode(&variables, flag)?)?;
+    }
+    make_vfat(disk, "UBOOT", &[&copies[0], &copies[1]])
+}
+
+fn make_vfat(disk: &Path, label: &str, content: &[&Path]) -> Result<()> {
     run!(
         "mkfs.vfat",
         "-F32",
-        "-nESP",
+        format!("-n{label}"),
         // One sector per cluster: with more, this size has too few clusters to be FAT32.
         "-s1",
         // Each machine is a copy of this one disk anyway.
@@ -233,14 +277,11 @@ fn make_esp(disk: &Path, work: &Path) -> Result<()> {
         (ESP.size / 1024).to_string()
     )?;
     let partition = format!("{}@@{}", disk.display(), ESP.start);
-    run!(
-        "mcopy",
-        "-s",
-        "-i",
-        &partition,
-        esp.join("EFI"),
-        esp.join("offshoot"),
-        "::"
+    host::run(
+        Command::new("mcopy")
+            .args(["-s", "-i", &partition])
+            .args(content)
+            .arg("::"),
     )?;
     Ok(())
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Result, bail};
+use qemu_tests::board::Board;
 use qemu_tests::cache::Cache;
 use qemu_tests::vm::{Options, Vm};
 use qemu_tests::{demo, footprint, image};
@@ -12,12 +13,12 @@ fn main() -> Result<()> {
     let cache = Cache::open()?;
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["image"] => {
-            let image = image::factory(&cache)?;
+            let image = image::factory(&cache, Board::Pc)?;
             println!("{}", image.disk.display());
             Ok(())
         }
         ["shell"] => {
-            let image = image::factory(&cache)?;
+            let image = image::factory(&cache, Board::Pc)?;
             eprintln!("A root shell appears when the machine is up; ctrl-a x leaves it.");
             let options = Options {
                 console: true,

@@ -8,18 +8,27 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
+use crate::board::Board;
 use crate::cache::{Cache, Ingredients};
 use crate::host;
 
 const SUITE: &str = "trixie";
 
 /// The base tree, owned by root, with its kernel and initramfs in `/usr/lib/modules/<version>`.
-pub fn base_tree(cache: &Cache) -> Result<PathBuf> {
+pub fn base_tree(cache: &Cache, board: Board) -> Result<PathBuf> {
     let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("os");
-    let ingredients = Ingredients::default().text(SUITE).path(&recipe)?;
-    let entry = cache.entry("base", ingredients, |directory| {
-        host::timed("building the base OS", || {
-            bootstrap(&recipe, &directory.join("tree"))
+    let architecture = board.architecture();
+    let ingredients = Ingredients::default()
+        .text(SUITE)
+        .text(architecture)
+        .path(&recipe)?;
+    let name = match board {
+        Board::Pc => "base",
+        Board::Virt(_) => "base-arm64",
+    };
+    let entry = cache.entry(name, ingredients, |directory| {
+        host::timed(&format!("building the base OS for {architecture}"), || {
+            bootstrap(&recipe, architecture, &directory.join("tree"))
         })
     })?;
     Ok(entry.join("tree"))
@@ -40,8 +49,27 @@ pub fn kernel_version(tree: &Path) -> Result<String> {
     Ok(versions.remove(0))
 }
 
-fn bootstrap(recipe: &Path, tree: &Path) -> Result<()> {
-    let packages = fs::read_to_string(recipe.join("packages"))?;
+/// Programs of another architecture run under qemu-user, when the kernel is told so. Where no systemd has done it, as in a container, this does.
+fn let_foreign_programs_run(architecture: &str) -> Result<()> {
+    const KERNEL: &str = "/proc/sys/fs/binfmt_misc";
+    if host::run(Command::new("arch-test").arg(architecture)).is_ok() {
+        return Ok(());
+    }
+    if !Path::new(KERNEL).join("register").exists() {
+        host::run(Command::new("mount").args(["-t", "binfmt_misc", "binfmt_misc", KERNEL]))?;
+    }
+    let format = "/usr/lib/binfmt.d/qemu-aarch64.conf";
+    let format = fs::read(format).with_context(|| format!("reading {format}"))?;
+    fs::write(Path::new(KERNEL).join("register"), format)
+        .with_context(|| format!("telling {KERNEL} how arm64 programs are run"))
+}
+
+fn bootstrap(recipe: &Path, architecture: &str, tree: &Path) -> Result<()> {
+    if architecture == "arm64" {
+        let_foreign_programs_run(architecture)?;
+    }
+    let packages = fs::read_to_string(recipe.join("packages"))?
+        + &fs::read_to_string(recipe.join(format!("packages.{architecture}")))?;
     let packages: Vec<&str> = packages
         .lines()
         .map(str::trim)
@@ -50,6 +78,7 @@ fn bootstrap(recipe: &Path, tree: &Path) -> Result<()> {
     host::run(
         Command::new("mmdebstrap")
             .arg("--variant=minbase")
+            .arg(format!("--arch={architecture}"))
             .arg(format!("--include={}", packages.join(",")))
             .arg("--aptopt=Apt::Install-Recommends \"false\"")
             .arg(format!("--dpkgopt={}", recipe.join("dpkg.cfg").display()))

@@ -9,7 +9,8 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-use crate::{host, os, run};
+use crate::board::Board;
+use crate::{os, run};
 
 /// What a release does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,15 +60,14 @@ pub const ODD_CAPABILITY: &str = "0x0100000200200000000000000000000000000000";
 pub const ODD_ATTRIBUTE: &str = "0x617320636f6d706f736564";
 
 /// The configuration that the image ships. The device's own, in /etc, names the server.
-const CONFIG: &str = "\
-[server]
-url = \"https://updates.invalid/\"
-ca = \"/usr/lib/offshoot/ca.pem\"
-
-[device]
-hardware = \"qemu-x86_64\"
-channel = \"stable\"
-";
+fn config(board: Board) -> String {
+    format!(
+        "[server]\nurl = \"https://updates.invalid/\"\nca = \"/usr/lib/offshoot/ca.pem\"\n\n\
+         [device]\nhardware = \"{}\"\nchannel = \"stable\"\n{}",
+        board.hardware(),
+        board.configuration()
+    )
+}
 
 /// Unit, and where systemd looks for who wants it. In /usr, so that a release that drops a unit drops its link, too.
 const UNITS: &[(&str, Option<&str>)] = &[
@@ -101,9 +101,15 @@ impl Release {
     }
 
     /// Writes what this release adds to `base`, a root file system, into `overlay`, an empty directory.
-    pub fn write_overlay(&self, base: &Path, trust: &Trust, overlay: &Path) -> Result<()> {
+    pub fn write_overlay(
+        &self,
+        board: Board,
+        base: &Path,
+        trust: &Trust,
+        overlay: &Path,
+    ) -> Result<()> {
         let tree = Overlay(overlay);
-        tree.offshoot(trust, self.fault != Some(Fault::NoPrograms))?;
+        tree.offshoot(board, trust, self.fault != Some(Fault::NoPrograms))?;
         tree.file("usr/lib/bench/release", &format!("{}\n", self.version))?;
         tree.file(
             ETC_FILE.trim_start_matches('/'),
@@ -142,10 +148,10 @@ impl Release {
     }
 
     /// The whole root file system: `base` with the overlay, in `tree`, which shares the files of `base`.
-    pub fn write_tree(&self, base: &Path, trust: &Trust, tree: &Path) -> Result<()> {
+    pub fn write_tree(&self, board: Board, base: &Path, trust: &Trust, tree: &Path) -> Result<()> {
         let overlay = tempfile::tempdir()?;
         fs::set_permissions(overlay.path(), fs::Permissions::from_mode(0o755))?;
-        self.write_overlay(base, trust, overlay.path())?;
+        self.write_overlay(board, base, trust, overlay.path())?;
         run!("cp", "-al", base, tree)?;
         run!(
             "cp",
@@ -163,14 +169,14 @@ struct Overlay<'a>(&'a Path);
 
 impl Overlay<'_> {
     /// Offshoot as a distribution would install it.
-    fn offshoot(&self, trust: &Trust, programs: bool) -> Result<()> {
+    fn offshoot(&self, board: Board, trust: &Trust, programs: bool) -> Result<()> {
         if programs {
             for (name, directory) in [
                 ("offshoot", "usr/bin"),
                 ("offshoot-deployer", "usr/libexec"),
                 ("ostree-grub-generator", "usr/lib/ostree"),
             ] {
-                let program = host::program(name)?;
+                let program = board.program(name)?;
                 let content =
                     fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
                 self.executable(&format!("{directory}/{name}"), &content)?;
@@ -194,7 +200,7 @@ impl Overlay<'_> {
         }
         let check = "health/required.d/10-offshoot";
         copy(check, &format!("usr/lib/offshoot/{check}"), 0o755)?;
-        self.file("usr/lib/offshoot/config.toml", CONFIG)?;
+        self.file("usr/lib/offshoot/config.toml", &config(board))?;
         self.write("usr/lib/offshoot/root.json", &trust.root, 0o644)?;
         self.write("usr/lib/offshoot/ca.pem", &trust.ca, 0o644)
     }

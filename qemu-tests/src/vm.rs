@@ -28,7 +28,10 @@ pub use self::guest::Output;
 pub use self::options::Options;
 pub use self::watch::{Event, Line};
 use self::watch::{Source, Watch};
+use crate::board::Board;
+use crate::cache::Cache;
 use crate::run;
+use crate::uboot::Uboot;
 
 /// How long anything may take that has no deadline of its own. Emulation on a busy machine is slow; a hang is for ever.
 pub const PATIENCE: Duration = Duration::from_secs(300);
@@ -71,8 +74,12 @@ impl Vm {
             fs::canonicalize(disk).with_context(|| format!("finding {}", disk.display()))?,
             directory.path().join("disk.qcow2")
         )?;
-        fs::copy(FIRMWARE_VARIABLES, directory.path().join("variables.fd"))
-            .with_context(|| format!("copying {FIRMWARE_VARIABLES}: `make setup` installs it"))?;
+        let (firmware, name) = match options.board {
+            Board::Pc => (PathBuf::from(FIRMWARE_VARIABLES), "variables.fd"),
+            Board::Virt(count) => (Uboot::build(&Cache::open()?, count)?.image(), "u-boot.bin"),
+        };
+        fs::copy(&firmware, directory.path().join(name))
+            .with_context(|| format!("copying {}: `make setup` installs it", firmware.display()))?;
         let watch = Watch::new();
         let mut vm = Self {
             options,
@@ -217,7 +224,12 @@ impl Vm {
     fn qemu(&self) -> Command {
         // The machine goes with the thread that started it, even when that is killed.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig=KILL", "qemu-system-x86_64"]);
+        command
+            .arg("--pdeathsig=KILL")
+            .arg(match self.options.board {
+                Board::Pc => "qemu-system-x86_64",
+                Board::Virt(_) => "qemu-system-aarch64",
+            });
         self.options.arguments(&mut command, self.directory.path());
         command
     }

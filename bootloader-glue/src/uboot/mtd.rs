@@ -204,3 +204,30 @@ unsafe impl Ioctl for BadBlock {
         Ok(output > 0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::{offset_of, size_of};
+
+    use super::*;
+
+    /// As a C program with `<mtd/mtd-user.h>` prints them, on x86_64 and arm64.
+    #[test]
+    fn the_ioctls_are_the_kernels() {
+        assert_eq!(
+            [GET_INFO, ERASE, LOCK, UNLOCK, GET_BAD_BLOCK],
+            [
+                0x8020_4d01,
+                0x4008_4d02,
+                0x4008_4d05,
+                0x4008_4d06,
+                0x4008_4d0b
+            ]
+        );
+        assert_eq!((size_of::<Info>(), size_of::<Range>()), (32, 8));
+        assert_eq!(
+            (offset_of!(Info, erase_size), offset_of!(Info, write_size)),
+            (12, 16)
+        );
+    }
+}

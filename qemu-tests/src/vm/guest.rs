@@ -61,6 +61,15 @@ impl Vm {
         Ok(())
     }
 
+    /// The bytes of a file in the guest, if there is one.
+    pub fn read_file(&mut self, path: &str) -> Result<Option<Vec<u8>>> {
+        let output = self.run(["base64", "--wrap=0", path])?;
+        match output.status {
+            0 => from_base64(output.stdout.trim()).map(Some),
+            _ => Ok(None),
+        }
+    }
+
     fn run_with_input<A: AsRef<str>>(
         &mut self,
         argv: impl AsRef<[A]>,

@@ -5,10 +5,14 @@ use std::fs;
 use anyhow::{Context as _, Result};
 use bootloader_glue::Bootloader;
 use bootloader_glue::protocol::Environment;
+use bootloader_glue::uboot::Copies;
+use bootloader_glue::uboot::image::Flags;
 use offshoot::commit::Commit;
 use offshoot::status::Status;
 
 use super::Vm;
+use crate::board::Board;
+use crate::uboot::{COPIES, LAYOUT};
 
 impl Vm {
     /// `offshoot status --json`.
@@ -19,12 +23,16 @@ impl Vm {
 
     /// The boot environment, read off the guest's files and not told by its agent.
     pub fn environment(&mut self) -> Result<Environment> {
+        let board = self.options.board;
+        let mut read = |path: &str| self.read_file(path);
+        if board != Board::Pc {
+            let [first, second] = COPIES.map(|name| read(&format!("/uboot/{name}")));
+            return Ok(Copies::new(LAYOUT, Flags::Incremental, &[first?, second?]).environment());
+        }
         let directory = tempfile::tempdir()?;
         for copy in ["env.0", "env.1"] {
-            let path = format!("/efi/offshoot/{copy}");
-            let content = self.run(["cat", &path])?;
-            if content.status == 0 {
-                fs::write(directory.path().join(copy), content.stdout)?;
+            if let Some(bytes) = read(&format!("/efi/offshoot/{copy}"))? {
+                fs::write(directory.path().join(copy), bytes)?;
             }
         }
         let bootloader = Bootloader::Grub {

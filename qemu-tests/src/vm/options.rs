@@ -4,8 +4,11 @@ use std::fs::File;
 use std::path::Path;
 use std::process::Command;
 
+use crate::board::Board;
+
 #[derive(Clone)]
 pub struct Options {
+    pub board: Board,
     pub processors: u32,
     pub memory_mib: u32,
     /// A console on this process's terminal, with a root shell; `ctrl-a x` leaves it.
@@ -15,6 +18,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Self {
         Self {
+            board: Board::Pc,
             processors: 1,
             memory_mib: 768,
             console: false,
@@ -30,38 +34,66 @@ impl Options {
         };
         add(&["-name", "offshoot-bench", "-nodefaults", "-no-user-config"]);
         add(&["-display", "none"]);
-        add(&["-machine", "q35,sata=off,smbus=off"]);
-        // The kernel would load its own hypervisor for `svm`.
-        match kvm_is_usable() {
-            true => add(&["-accel", "kvm", "-cpu", "host"]),
-            false => add(&["-accel", "tcg,thread=multi", "-cpu", "max,svm=off"]),
-        }
         add(&["-smp", &self.processors.to_string()]);
         add(&["-m", &self.memory_mib.to_string()]);
-        let code = super::FIRMWARE_CODE;
-        let variables = file("variables.fd");
-        add(&[
-            "-drive",
-            &format!("if=pflash,format=raw,readonly=on,file={code}"),
-        ]);
-        add(&[
-            "-drive",
-            &format!("if=pflash,format=raw,cache=unsafe,file={variables}"),
-        ]);
+        // How virtio devices are attached: to PCI, or without a bus.
+        let bus = match self.board {
+            Board::Pc => {
+                add(&["-machine", "q35,sata=off,smbus=off"]);
+                // The kernel would load its own hypervisor for `svm`.
+                match kvm_is_usable() {
+                    true => add(&["-accel", "kvm", "-cpu", "host"]),
+                    false => add(&["-accel", "tcg,thread=multi", "-cpu", "max,svm=off"]),
+                }
+                let code = super::FIRMWARE_CODE;
+                let variables = file("variables.fd");
+                add(&[
+                    "-drive",
+                    &format!("if=pflash,format=raw,readonly=on,file={code}"),
+                ]);
+                add(&[
+                    "-drive",
+                    &format!("if=pflash,format=raw,cache=unsafe,file={variables}"),
+                ]);
+                add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+                "pci"
+            }
+            Board::Virt(_) => {
+                add(&["-machine", "virt", "-cpu", "cortex-a57"]);
+                add(&["-accel", "tcg,thread=multi"]);
+                add(&["-bios", &file("u-boot.bin")]);
+                "device"
+            }
+        };
         let disk = file("disk.qcow2");
         add(&[
             "-drive",
             &format!("if=none,id=disk,format=qcow2,cache=unsafe,discard=unmap,file={disk}"),
         ]);
-        add(&["-device", "virtio-blk-pci,drive=disk,bootindex=0"]);
+        add(&[
+            "-device",
+            &format!("virtio-blk-{bus},drive=disk,bootindex=0"),
+        ]);
         add(&["-netdev", "user,id=net"]);
         // No option ROM: the firmware does not try the network.
-        add(&["-device", "virtio-net-pci,netdev=net,romfile="]);
-        add(&["-device", "virtio-rng-pci"]);
-        add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
-        add(&["-device", "virtio-serial-pci"]);
+        let rom = if self.board == Board::Pc {
+            ",romfile="
+        } else {
+            ""
+        };
+        add(&["-device", &format!("virtio-net-{bus},netdev=net{rom}")]);
+        for device in ["rng", "serial"] {
+            add(&["-device", &format!("virtio-{device}-{bus}")]);
+        }
+        let serial = match self.board {
+            Board::Pc => ["-device", "isa-serial,chardev=serial"],
+            // Part of the board.
+            Board::Virt(_) => ["-serial", "chardev:serial"],
+        };
+        let socket = file("serial");
+        add(&["-chardev", &format!("socket,id=serial,path={socket}")]);
+        add(&serial);
         for (name, device) in [
-            ("serial", "isa-serial,chardev=serial"),
             (
                 "agent",
                 "virtserialport,chardev=agent,id=agent,name=org.qemu.guest_agent.0",

@@ -11,52 +11,87 @@ use qemu_tests::vm::{Options, PATIENCE};
 
 #[test]
 fn a_kernel_that_panics_falls_back_after_three_tries() {
-    let bench = rejects(Fault::KernelPanics, 3, Reason::Unconfirmed);
+    let bench = rejects(
+        Options::default(),
+        Fault::KernelPanics,
+        3,
+        Reason::Unconfirmed,
+    );
     assert_eq!(bench.vm.resets(), 4);
 }
 
 #[test]
 fn a_required_health_check_that_fails_falls_back_at_once_and_says_which() {
     let checks = vec!["50-bench".to_owned()];
-    let bench = rejects(Fault::HealthCheckFails, 3, Reason::Unhealthy { checks });
+    let bench = rejects(
+        Options::default(),
+        Fault::HealthCheckFails,
+        3,
+        Reason::Unhealthy { checks },
+    );
     assert_eq!(bench.vm.resets(), 2);
 }
 
 #[test]
 fn an_agent_that_does_not_start_is_not_kept() {
     let checks = vec!["10-offshoot".to_owned()];
-    let bench = rejects(Fault::DaemonDoesNotStart, 3, Reason::Unhealthy { checks });
+    let bench = rejects(
+        Options::default(),
+        Fault::DaemonDoesNotStart,
+        3,
+        Reason::Unhealthy { checks },
+    );
     assert_eq!(bench.vm.resets(), 2);
 }
 
 #[test]
 fn a_root_file_system_that_does_not_mount_falls_back() {
-    let bench = rejects(Fault::RootDoesNotMount, 2, Reason::Unconfirmed);
+    let bench = rejects(
+        Options::default(),
+        Fault::RootDoesNotMount,
+        2,
+        Reason::Unconfirmed,
+    );
     assert_eq!(bench.vm.resets(), 3);
 }
 
 #[test]
 fn a_hang_is_ended_by_the_watchdog() {
-    let mut bench = rejects(Fault::PidOneFreezes, 1, Reason::Unconfirmed);
+    let mut bench = rejects(
+        Options::default(),
+        Fault::PidOneFreezes,
+        1,
+        Reason::Unconfirmed,
+    );
     assert_eq!(bench.vm.resets(), 2);
     bench.vm.wait_for_watchdog(PATIENCE).unwrap();
 }
 
 #[test]
 fn a_start_that_never_finishes_is_ended_by_the_deadline() {
-    let bench = rejects(Fault::StartNeverFinishes, 1, Reason::Unconfirmed);
+    let bench = rejects(
+        Options::default(),
+        Fault::StartNeverFinishes,
+        1,
+        Reason::Unconfirmed,
+    );
     assert_eq!(bench.vm.resets(), 2);
 }
 
 #[test]
 fn a_release_without_our_programs_is_ended_by_the_deadline() {
-    let bench = rejects(Fault::NoPrograms, 1, Reason::Unconfirmed);
+    let bench = rejects(
+        Options::default(),
+        Fault::NoPrograms,
+        1,
+        Reason::Unconfirmed,
+    );
     assert_eq!(bench.vm.resets(), 2);
 }
 
 /// A device that is offered a release with `fault` and gives it `tries` boots comes back, and leaves it alone from then on.
-fn rejects(fault: Fault, tries: u8, reason: Reason) -> Bench {
-    let mut bench = Bench::start(Web::Fleet, Options::default()).unwrap();
+pub(super) fn rejects(options: Options, fault: Fault, tries: u8, reason: Reason) -> Bench {
+    let mut bench = Bench::start(Web::Fleet, options).unwrap();
     let target = bench.publish(&Release::bad("1.1.0", fault)).unwrap();
     // Ten minutes are for devices; whoever is not there after one is not going to be.
     let deadline = "/etc/systemd/system/offshoot-deadline.timer.d";
