@@ -1,5 +1,6 @@
 //! A fleet in a temporary directory, and devices that poll it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -94,6 +95,7 @@ pub(crate) fn request(version: &str) -> Request {
         rev: version.to_owned(),
         deltas: None,
         full: true,
+        objects: None,
         again: false,
     }
 }
@@ -111,4 +113,18 @@ pub(crate) const fn days(days: i64) -> i64 {
 pub(crate) fn seen(device: &mut Device, public: &Path, now: Time) -> anyhow::Result<String> {
     let release = device.poll(public, now)?.found.unwrap();
     Ok(checked(public, &release))
+}
+
+/// Each file below a directory.
+pub(crate) fn files(directory: &Path) -> BTreeSet<PathBuf> {
+    let mut all = BTreeSet::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.append(&mut files(&path));
+        } else {
+            all.insert(path);
+        }
+    }
+    all
 }

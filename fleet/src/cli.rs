@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
-use crate::{compose, init, prune, publish, refresh, rotate, serve, status};
+use crate::{compose, init, objects, prune, publish, refresh, rotate, serve, status};
 
 const NAME: &str = "offshoot-fleet";
 
@@ -170,7 +170,7 @@ struct ComposeArguments {
 
 /// Publish a commit as a release of a channel.
 ///
-/// Makes deltas from the releases before it, signs, and writes it to `public` so that a device sees the former release or this one and
+/// Makes deltas from the releases before it, publishes its objects for devices that no delta is for, signs, and writes it to `public` so that a device sees the former release or this one and
 /// nothing else. Interrupted, the same command completes it. Publishing the same again changes nothing.
 ///
 /// Example: offshoot-fleet publish --channel stable --hardware qemu-x86_64 --release 1.4.0 os/stable/qemu-x86_64
@@ -194,6 +194,9 @@ struct PublishArguments {
     /// Also make a delta from nothing, for devices that run none of those releases.
     #[arg(long)]
     full: bool,
+    /// Without its objects one by one, whatever fleet.toml says.
+    #[arg(long)]
+    no_objects: bool,
     /// Make a former release the newest again.
     #[arg(long)]
     again: bool,
@@ -260,6 +263,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 rev: options.rev.clone(),
                 deltas: options.deltas,
                 full: options.full,
+                objects: options.no_objects.then_some(false),
                 again: options.again,
             };
             let summary = publish::publish(&Fleet::open(directory)?, &request, now)?;
@@ -430,6 +434,16 @@ fn published(summary: &publish::Summary) -> String {
         text += &format!(
             "\n  from {from}: {} bytes, {} unpacked",
             delta.download, delta.usize
+        );
+    }
+    if let Some(objects::Summary {
+        count,
+        download,
+        usize,
+    }) = summary.objects
+    {
+        text += &format!(
+            "\n  or the objects that are missing, of {count}: {download} bytes, {usize} unpacked"
         );
     }
     if !chain.is_empty() {

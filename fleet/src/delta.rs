@@ -11,7 +11,7 @@
 //! nothing names it, and it is made again.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
 use std::sync::mpsc;
@@ -25,9 +25,8 @@ use ostree::gio::Cancellable;
 use ostree::glib::prelude::*;
 use ostree::glib::{Bytes, Variant, VariantDict, VariantTy};
 use ostree::{Repo, StaticDeltaGenerateOpt};
-use sha2::Digest as _;
 
-use crate::writer::Writer;
+use crate::writer::{Writer, digest_of};
 
 /// Metadata, time, from, to, commit, dependencies, parts (version, checksum, size, unpacked size, objects), fallbacks.
 const SUPERBLOCK: &str = "(a{sv}tayay(a{sv}aya(say)sstayay)aya(uayttay)a(yaytt))";
@@ -224,15 +223,6 @@ fn describe(
         superblock,
         parts,
     })
-}
-
-fn digest_of(path: &Path) -> Result<(u64, Sha256)> {
-    let read = || -> io::Result<(u64, Sha256)> {
-        let mut digest = sha2::Sha256::new();
-        let length = io::copy(&mut File::open(path)?, &mut digest)?;
-        Ok((length, Sha256::from_bytes(digest.finalize().into())))
-    };
-    read().with_context(|| format!("reading {}", path.display()))
 }
 
 /// Says what takes long, and that it goes on: on a terminal every second, else every half minute.

@@ -2,7 +2,7 @@
 //!
 //! | path | what |
 //! |---|---|
-//! | `fleet.toml` | hardware ids, lifetimes of metadata, how many deltas; the operator's to edit |
+//! | `fleet.toml` | hardware ids, lifetimes of metadata, which deltas; the operator's to edit |
 //! | `keys/` | private keys, see [`crate::keys`] |
 //! | `repo/` | the OSTree repository |
 //! | `public/` | what a web server serves |
@@ -50,6 +50,9 @@ pub(crate) struct Settings {
     /// Whether each release also gets a delta from nothing.
     #[serde(default)]
     pub full: bool,
+    /// Whether each release also gets its objects one by one.
+    #[serde(default = "objects")]
+    pub objects: bool,
     #[serde(default)]
     pub lifetimes: Lifetimes,
 }
@@ -95,6 +98,10 @@ pub(crate) const fn deltas() -> usize {
 
 pub(crate) const fn chain() -> usize {
     10
+}
+
+pub(crate) const fn objects() -> bool {
+    true
 }
 
 impl Default for Lifetimes {
@@ -232,6 +239,9 @@ chain = {}
 
 # Whether each release also gets a delta from nothing, for devices that have none of those releases.
 full = false
+
+# Whether each release also gets its objects one by one, for devices that no delta is for: they download those that they do not have.
+objects = true
 
 # How long what a role signs is believed: days, hours or minutes (d, h, m). `offshoot-fleet refresh` signs again in the last third.
 [lifetimes]

@@ -17,7 +17,7 @@ use ostree::gio::{self, Cancellable};
 use ostree::{Repo, RepoMode};
 use serde::Serialize;
 
-use crate::directory::{Fleet, Lifetimes, SETTINGS, Settings, chain, deltas};
+use crate::directory::{Fleet, Lifetimes, SETTINGS, Settings, chain, deltas, objects};
 use crate::keys::{self, Signer};
 use crate::publication::{Draft, Publication};
 use crate::writer::{Writer, make_directory};
@@ -67,6 +67,7 @@ pub(crate) fn init(
             deltas: deltas(),
             chain: chain(),
             full: false,
+            objects: objects(),
             lifetimes: Lifetimes::default(),
         },
     };

@@ -2,16 +2,18 @@
 //!
 //! - [`directory`]: the operator's directory and its settings; [`keys`]: the private keys in it.
 //! - [`compose`]: from a root file system to an OSTree commit.
-//! - [`publish`]: from a commit to a release; [`delta`]: what devices download of it; [`writer`]: how files get into `public/`.
+//! - [`publish`]: from a commit to a release; [`delta`], [`objects`]: what devices download of it; [`writer`]: how files get into `public/`.
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
 //!   [`rotate`] replaces keys, [`prune`] removes former releases, [`status`] tells.
 //! - [`image`]: from a commit to a disk that boots.
+//! - [`content`]: every file that a device may ask for.
 //! - [`serve`]: `public/` over HTTPS, for a bench.
 
 #[cfg(test)]
 mod bench;
 mod cli;
 mod compose;
+mod content;
 mod delta;
 #[cfg(test)]
 #[path = "../tests/it/device.rs"]
@@ -20,6 +22,7 @@ mod directory;
 mod image;
 mod init;
 mod keys;
+mod objects;
 mod prune;
 mod publication;
 mod publish;

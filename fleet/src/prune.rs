@@ -20,7 +20,7 @@ use serde::Serialize;
 use crate::directory::Fleet;
 use crate::publication::{Publication, releases};
 use crate::writer::Writer;
-use crate::{delta, publish, refresh};
+use crate::{content, refresh};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Summary {
@@ -95,7 +95,7 @@ fn prune_with(fleet: &Fleet, keep: usize, now: Time, writer: &Writer) -> Result<
         bytes: 0,
         warnings,
     };
-    for folder in ["metadata", "targets", "deltas"] {
+    for folder in ["metadata", "targets", "deltas", "objects"] {
         let sweep = Sweep {
             writer,
             public: &fleet.public(),
@@ -112,32 +112,9 @@ fn is_newer(other: &crate::publication::Release, release: &crate::publication::R
 
 /// Every file that a device may ask for, below `public`.
 fn named(fleet: &Fleet, publication: &Publication) -> Result<BTreeSet<PathBuf>> {
-    let mut named = BTreeSet::from([PathBuf::from("metadata/timestamp.json")]);
-    for (role, version, _) in publication.roles() {
-        let first = match &*role {
-            // The way from any former root.
-            "root" => 1,
-            _ => version.number().saturating_sub(1),
-        };
-        for version in first..=version.number() {
-            named.insert(format!("metadata/{version}.{role}.json").into());
-        }
-    }
-    for (channel, document) in &publication.channels {
-        for release in releases(channel, document)? {
-            let folder = format!("targets/{channel}/{}", release.hardware);
-            let (commit, version, digest) =
-                (release.commit, &release.version, release.manifest.sha256);
-            named.insert(format!("{folder}/{commit}.{version}.commit").into());
-            named.insert(format!("{folder}/{digest}.{version}.manifest.json").into());
-            for delta in publish::manifest(fleet, channel, &release)?.deltas {
-                for file in delta::files(&delta) {
-                    named.insert(file.path.as_str().into());
-                }
-            }
-        }
-    }
-    Ok(named)
+    let content = content::of_releases(&fleet.public(), publication)?;
+    let all = content::of_metadata(publication).into_iter();
+    Ok(all.chain(content.into_keys()).map(PathBuf::from).collect())
 }
 
 struct Sweep<'a> {
@@ -186,23 +163,12 @@ impl Sweep<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
-    use crate::bench::{Bench, now, request, seen};
+    use crate::bench::{Bench, files, now, request, seen};
     use crate::publish::{Request, publish};
     use crate::rotate::rotate;
-
-    fn files(directory: &Path) -> BTreeSet<PathBuf> {
-        let mut all = BTreeSet::new();
-        for entry in fs::read_dir(directory).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                all.append(&mut files(&path));
-            } else {
-                all.insert(path);
-            }
-        }
-        all
-    }
 
     #[test]
     fn what_only_a_former_release_names_goes_and_devices_do_not_notice() {
@@ -220,6 +186,7 @@ mod tests {
 
         // A device that has only the first root follows.
         rotate(&fleet, "timestamp", None, now(4)).unwrap();
+        let whole = prune(&bench.copy("fleet", "whole"), 1, now(5)).unwrap();
         for steps in 0.. {
             let fleet = bench.copy("fleet", &format!("cut-{steps}"));
             let public = fleet.public();
@@ -243,14 +210,29 @@ mod tests {
             let named = named(&fleet, &published).unwrap();
             let below = |path: &PathBuf| path.strip_prefix(&public).unwrap().to_owned();
             assert!(left.iter().all(|path| named.contains(&below(path))));
-            // 1.1.0 from 1.0.0 and from nothing, its commit and manifest.
+            // 1.1.0 from 1.0.0 and from nothing, its commit and manifest, and its objects.
             let content = left
                 .iter()
                 .filter(|path| !below(path).starts_with("metadata"));
-            assert_eq!(content.count(), 6);
+            let objects = Command::new("ostree")
+                .arg(format!("--repo={}", fleet.repo().display()))
+                .args(["ls", "--recursive", "--checksum", "1.1.0"])
+                .output()
+                .unwrap();
+            let text = String::from_utf8(objects.stdout).unwrap();
+            let kinds = text.lines().flat_map(|line| {
+                let checksums = line.split_ascii_whitespace().skip(4);
+                let hex = |word: &&str| word.len() == 64;
+                let kind = line.starts_with('d');
+                checksums
+                    .take_while(hex)
+                    .map(move |checksum| (checksum, kind))
+            });
+            let objects = kinds.collect::<BTreeSet<_>>().len() + 1;
+            assert_eq!(content.count(), 6 + objects + 1);
             if done {
-                // Channel, snapshot, timestamp; delta, commit, manifest; snapshots and a channel of before.
-                assert_eq!(steps, 3 * 4 + 4 + 2);
+                // Channel, snapshot, timestamp, and each file that went.
+                assert_eq!(steps, 3 * 4 + whole.files);
                 break;
             }
         }

@@ -78,6 +78,8 @@ pub(crate) struct Release {
     pub version: ReleaseVersion,
     pub serial: u64,
     pub commit: Commit,
+    /// Bytes of the commit object.
+    pub length: u64,
     pub manifest: Digested,
 }
 
@@ -454,6 +456,7 @@ pub(crate) fn releases(channel: &RoleName, document: &Targets) -> Result<Vec<Rel
                 version: custom.version,
                 serial: custom.serial,
                 commit: Commit(sha256),
+                length: target.length,
                 manifest: custom.manifest,
             })
         };

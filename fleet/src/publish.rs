@@ -1,6 +1,6 @@
 //! A commit becomes a release of a channel.
 //!
-//! Content first (deltas, the commit object, the manifest), then the metadata that names it, `timestamp.json` last. A cut anywhere before
+//! Content first (deltas, objects, the commit object, the manifest), then the metadata that names it, `timestamp.json` last. A cut anywhere before
 //! leaves the former publication as it was; the same command again completes it, and does not make finished deltas again.
 //!
 //! Does not remove what former releases left: a device may be half-way through one, and [`crate::prune`] does when it is told to.
@@ -18,13 +18,13 @@ use ostree::gio::{self, Cancellable};
 use ostree::{ObjectType, Repo, RepoCommitState, glib};
 use serde::Serialize;
 
-use crate::delta;
 use crate::directory::Fleet;
 use crate::publication::{Publication, Release, releases};
 use crate::refresh;
 use crate::writer::Writer;
+use crate::{content, delta, objects};
 
-const NONE: Option<&Cancellable> = None;
+pub(crate) const NONE: Option<&Cancellable> = None;
 
 /// What the operator asks for.
 #[derive(Clone, Debug)]
@@ -37,6 +37,8 @@ pub(crate) struct Request {
     /// From how many former releases there are to be deltas; what the settings say if `None`.
     pub deltas: Option<usize>,
     pub full: bool,
+    /// Whether its objects are published one by one; what the settings say if `None`.
+    pub objects: Option<bool>,
     /// Make a former release the newest again.
     pub again: bool,
 }
@@ -52,6 +54,7 @@ pub(crate) struct Summary {
     pub unchanged: bool,
     pub manifest: Digested,
     pub deltas: Vec<DeltaSummary>,
+    pub objects: Option<objects::Summary>,
     pub warnings: Vec<String>,
 }
 
@@ -136,15 +139,24 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
             &label,
         )?);
     }
-    if deltas.is_empty() {
+    let objects = if request.objects.unwrap_or(fleet.settings.objects) {
+        let signed = content::signed_objects(&fleet.public(), &former).context(
+            "looking for the objects that are published: say --no-objects to do without",
+        )?;
+        Some(objects::publish(&repo, fleet, writer, commit, &signed)?)
+    } else {
+        None
+    };
+    if deltas.is_empty() && objects.is_none() {
         warnings.push(format!(
-            "no device can download {version}, it has no delta: only devices that were provisioned with it run it; say --full for one from nothing"
+            "no device can download {version}, it has no delta and no objects: only devices that were provisioned with it run it"
         ));
     }
+    let (objects, summary) = objects.unzip();
 
     let mut former_manifests = Vec::new();
     for release in held.iter().rev() {
-        match self::manifest(fleet, channel, release) {
+        match content::manifest(&fleet.public(), channel, release) {
             Ok(manifest) => former_manifests.push(manifest),
             Err(error) => warnings.push(format!(
                 "no delta of {} is named: {error:#}",
@@ -166,7 +178,7 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         version: version.clone(),
         hardware: hardware.clone(),
         deltas,
-        objects: None,
+        objects,
     };
     let bytes = fill(&mut manifest, chain, &mut warnings)?;
     let digested = Digested {
@@ -227,6 +239,7 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
             .iter()
             .map(DeltaSummary::of)
             .collect::<Result<_>>()?,
+        objects: summary,
         warnings,
     })
 }
@@ -269,7 +282,8 @@ fn fill(manifest: &mut Manifest, chain: Vec<Delta>, warnings: &mut Vec<String>) 
 }
 
 fn unchanged(fleet: &Fleet, request: &Request, release: &Release) -> Result<Summary> {
-    let manifest = manifest(fleet, &request.channel, release)?;
+    let content::Contents { manifest, objects } =
+        content::of_release(&fleet.public(), &request.channel, release)?;
     Ok(Summary {
         channel: request.channel.clone(),
         hardware: release.hardware.clone(),
@@ -283,32 +297,9 @@ fn unchanged(fleet: &Fleet, request: &Request, release: &Release) -> Result<Summ
             .iter()
             .map(DeltaSummary::of)
             .collect::<Result<_>>()?,
+        objects: objects.as_deref().map(objects::Summary::of),
         warnings: Vec::new(),
     })
-}
-
-/// The manifest of a release that is published.
-pub(crate) fn manifest(fleet: &Fleet, channel: &RoleName, release: &Release) -> Result<Manifest> {
-    let Release {
-        hardware,
-        version,
-        manifest: digested,
-        ..
-    } = release;
-    let path = format!(
-        "targets/{channel}/{hardware}/{}.{version}.manifest.json",
-        digested.sha256
-    );
-    let path = fleet.public().join(path);
-    let read = || -> Result<Manifest> {
-        let bytes = std::fs::read(&path)?;
-        ensure!(
-            Sha256::of(&bytes) == digested.sha256,
-            "it is not the file that was signed: put it back from a backup"
-        );
-        Ok(serde_json::from_slice(&bytes)?)
-    };
-    read().with_context(|| format!("reading {}", path.display()))
 }
 
 /// What devices may come from: the last releases, newest first, and nothing.

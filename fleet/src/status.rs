@@ -10,13 +10,13 @@ use std::os::unix::fs::PermissionsExt as _;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp as Time;
 use offshoot::commit::Commit;
-use offshoot::trust::schema::{self, HardwareId, ReleaseVersion, RoleName, Version, time};
+use offshoot::trust::schema::{HardwareId, ReleaseVersion, RoleName, Version, time};
 use serde::Serialize;
 
 use crate::directory::Fleet;
 use crate::publication::{Publication, Release, releases, stem};
 use crate::publish::{self, DeltaSummary};
-use crate::{delta, keys};
+use crate::{content, keys, objects};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Status {
@@ -52,6 +52,7 @@ pub(crate) struct ReleaseStatus {
     pub serial: u64,
     pub commit: Commit,
     pub deltas: Vec<DeltaSummary>,
+    pub objects: Option<objects::Summary>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -72,7 +73,7 @@ pub(crate) enum WarningKind {
     /// A file that a release names is not there, or has another length.
     FileDamaged,
     /// No device can download the newest release.
-    NoDelta,
+    NoWay,
     /// The next release cannot have a delta from the newest one.
     CommitMissing,
 }
@@ -120,7 +121,7 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
     for (name, document) in &publication.channels {
         let mut by_hardware: BTreeMap<HardwareId, Vec<ReleaseStatus>> = BTreeMap::new();
         for release in releases(name, document)? {
-            let deltas = deltas(fleet, name, &release, &mut seen, &mut warnings)?;
+            let (deltas, objects) = contents(fleet, name, &release, &mut seen, &mut warnings)?;
             by_hardware
                 .entry(release.hardware.clone())
                 .or_default()
@@ -131,6 +132,7 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
                         serial: release.serial,
                         commit: release.commit,
                         deltas,
+                        objects,
                     },
                 );
         }
@@ -139,11 +141,11 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
                 continue;
             };
             let named = format!("{} of {name} for {hardware}", newest.version);
-            if newest.deltas.is_empty() && releases.len() > 1 {
+            if newest.deltas.is_empty() && newest.objects.is_none() && releases.len() > 1 {
                 let text = format!(
-                    "{named} has no delta, so no device can download it: publish the next release with deltas or --full"
+                    "{named} has no delta and no objects, so no device can download it: publish the next release with one of them"
                 );
-                warnings.push(WarningKind::NoDelta.with(text));
+                warnings.push(WarningKind::NoWay.with(text));
             }
             if !publish::is_complete(&repo, newest.commit)? {
                 let text = format!(
@@ -186,64 +188,50 @@ fn keys_of_others(
     Ok(())
 }
 
-/// A manifest that cannot be read is a warning, like every file that is not there.
-fn deltas(
+/// What cannot be read is a warning, like every file that is not there.
+fn contents(
     fleet: &Fleet,
     channel: &RoleName,
     release: &Release,
     seen: &mut BTreeSet<String>,
     warnings: &mut Vec<Warning>,
-) -> Result<Vec<DeltaSummary>> {
-    let manifest = match publish::manifest(fleet, channel, release) {
-        Ok(manifest) => manifest,
+) -> Result<(Vec<DeltaSummary>, Option<objects::Summary>)> {
+    let contents = match content::of_release(&fleet.public(), channel, release) {
+        Ok(contents) => contents,
         Err(error) => {
             let text = format!(
                 "{error:#}: devices cannot update to {}, put it back from a backup",
                 release.version
             );
             warnings.push(WarningKind::FileDamaged.with(text));
-            return Ok(Vec::new());
+            return Ok((Vec::new(), None));
         }
     };
-    let Release {
-        hardware,
-        version,
-        commit,
-        ..
-    } = release;
-    let object = format!("targets/{channel}/{hardware}/{commit}.{version}.commit");
-    let mut files = vec![(object, None)];
-    for delta in &manifest.deltas {
-        for schema::File { path, length, .. } in delta::files(delta) {
-            files.push((path.to_string(), Some(*length)));
+    let entry = content::of_entry(channel, release);
+    for (path, want) in entry.into_iter().chain(contents.files()) {
+        // Many releases name the same delta, and the same object.
+        if !seen.insert(path.clone()) {
+            continue;
         }
-    }
-    // A delta is named by every release that it is on the way to.
-    files.retain(|(path, _)| seen.insert(path.clone()));
-    for (path, want) in files {
         let path = fleet.public().join(path);
         let found = fs::metadata(&path).map(|meta| meta.len());
-        let wrong = match (&found, want) {
-            (Ok(length), Some(want)) => *length != want,
-            (Ok(_), None) => false,
-            (Err(_), _) => true,
-        };
-        if wrong {
+        if !matches!(found, Ok(length) if length == want.length) {
             let found = found.map_or_else(
                 |error| error.to_string(),
                 |length| format!("{length} bytes"),
             );
-            let want = want
-                .map(|want| format!(" instead of {want}"))
-                .unwrap_or_default();
             let text = format!(
-                "{} of {version}: {found}{want}; put it back from a backup",
-                path.display()
+                "{} of {}: {found} instead of {}; put it back from a backup",
+                path.display(),
+                release.version,
+                want.length
             );
             warnings.push(WarningKind::FileDamaged.with(text));
         }
     }
-    manifest.deltas.iter().map(DeltaSummary::of).collect()
+    let deltas = contents.manifest.deltas.iter().map(DeltaSummary::of);
+    let objects = contents.objects.as_deref().map(objects::Summary::of);
+    Ok((deltas.collect::<Result<_>>()?, objects))
 }
 
 impl WarningKind {
@@ -272,6 +260,7 @@ impl fmt::Display for Status {
                         serial,
                         commit,
                         deltas,
+                        objects,
                     } = release;
                     writeln!(f, "    {serial:>4}  {version:<12}  {commit}")?;
                     for delta in deltas.iter().filter(|delta| delta.to.is_none()) {
@@ -283,6 +272,13 @@ impl fmt::Display for Status {
                             f,
                             "          from {from}: {} bytes, {} unpacked",
                             delta.download, delta.usize
+                        )?;
+                    }
+                    if let Some(objects) = objects {
+                        writeln!(
+                            f,
+                            "          objects: {} of {} bytes, {} unpacked",
+                            objects.count, objects.download, objects.usize
                         )?;
                     }
                 }

@@ -4,8 +4,13 @@
 //! the former file or the new one, and perhaps a part file, which the next writer removes. What is written first is on the disk
 //! before what is written after it is begun: whoever writes the file that names the others last is never seen half done.
 //!
+//! Of thousands of files each would wait for the disk. Those that are linked ([`Writer::link`]) or put ([`Writer::put`]) are on the disk
+//! after [`Writer::settle`], all at once, and what was copied has its name only then. A cut before that leaves some of them, whole, and part files.
+//!
 //! Does not lock: see [`crate::directory::Lock`].
 
+use std::cell::RefCell;
+use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::{self, BufReader, Read, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -20,6 +25,8 @@ use sha2::Digest as _;
 /// Files below one directory, which are for everybody to read.
 pub(crate) struct Writer {
     base: PathBuf,
+    /// What [`Writer::settle`] gives their names.
+    put: RefCell<Vec<(PathBuf, PathBuf)>>,
     #[cfg(test)]
     test: Test,
 }
@@ -36,12 +43,13 @@ impl Writer {
     pub(crate) fn new(base: &Path) -> Self {
         Self {
             base: base.to_owned(),
+            put: RefCell::default(),
             #[cfg(test)]
             test: Test::default(),
         }
     }
 
-    /// One that is cut off after so many steps: each file written is four, each removed is one.
+    /// One that is cut off after so many steps: each file written is four; one that is linked, put, settled or removed is one.
     #[cfg(test)]
     pub(crate) fn cut_after(base: &Path, steps: usize) -> Self {
         let writer = Self::new(base);
@@ -99,24 +107,23 @@ impl Writer {
                 return Err(io::ErrorKind::InvalidInput.into());
             };
             make_directory(directory)?;
-            let part = directory.join(format!(".{}.part", name.to_string_lossy()));
+            let part = part_of(directory, name);
             self.step()?;
-            let mut file = File::create(&part)?;
-            let (mut length, mut digest) = (0, sha2::Sha256::new());
+            let mut copy = Copy::to(File::create(&part)?);
             let mut buffer = [0; 1 << 16];
             loop {
                 let read = content.read(&mut buffer)?;
                 if read == 0 {
                     break;
                 }
-                file.write_all(&buffer[..read / 2])?;
-                if length == 0 {
+                let begins = copy.length == 0;
+                copy.write_all(&buffer[..read / 2])?;
+                if begins {
                     self.step()?;
                 }
-                file.write_all(&buffer[read / 2..read])?;
-                digest.update(&buffer[..read]);
-                length += read as u64;
+                copy.write_all(&buffer[read / 2..read])?;
             }
+            let file = &copy.file;
             if let Some(time) = distinct_time(&path)? {
                 file.set_modified(time)?;
             }
@@ -127,10 +134,76 @@ impl Writer {
             fs::rename(&part, &path)?;
             File::open(directory)?.sync_all()?;
             self.step()?;
-            let sha256 = Sha256::from_bytes(digest.finalize().into());
-            Ok(Digested { length, sha256 })
+            Ok(copy.digested())
         };
         place().with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// A file under another name: the same file if it can be, else a copy. What is there under the name goes.
+    pub(crate) fn link(&self, from: &Path, path: &str) -> Result<()> {
+        let to = self.base.join(path);
+        let link = || -> io::Result<bool> {
+            let directory = to.parent().ok_or(io::ErrorKind::InvalidInput)?;
+            create_directory(directory)?;
+            self.step()?;
+            let readable = fs::metadata(from)?.permissions().mode();
+            if readable & 0o444 != 0o444 {
+                fs::set_permissions(from, Permissions::from_mode(0o644))?;
+            }
+            match fs::hard_link(from, &to) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    fs::remove_file(&to)?;
+                    fs::hard_link(from, &to)?;
+                }
+                Err(error) if cannot_link(&error) => return Ok(false),
+                done => done?,
+            }
+            Ok(true)
+        };
+        if !link().with_context(|| format!("linking {}", to.display()))? {
+            self.put(from, path)?;
+        }
+        Ok(())
+    }
+
+    /// Copies a file, which has its name after [`Writer::settle`], and says what was copied.
+    pub(crate) fn put(&self, from: &Path, path: &str) -> Result<Digested> {
+        let file = File::open(from).with_context(|| format!("reading {}", from.display()))?;
+        let to = self.base.join(path);
+        let put = || -> io::Result<Digested> {
+            let (Some(directory), Some(name)) = (to.parent(), to.file_name()) else {
+                return Err(io::ErrorKind::InvalidInput.into());
+            };
+            create_directory(directory)?;
+            let part = part_of(directory, name);
+            self.step()?;
+            let mut copy = Copy::to(File::create(&part)?);
+            io::copy(&mut BufReader::with_capacity(1 << 16, file), &mut copy)?;
+            copy.file.set_permissions(Permissions::from_mode(0o644))?;
+            self.put.borrow_mut().push((part, to.clone()));
+            Ok(copy.digested())
+        };
+        put().with_context(|| format!("writing {}", to.display()))
+    }
+
+    /// What was linked and put is on the disk.
+    pub(crate) fn settle(&self) -> Result<()> {
+        let sync = || -> io::Result<()> {
+            self.step()?;
+            Ok(rustix::fs::syncfs(File::open(&self.base)?)?)
+        };
+        let syncing = || format!("syncing {}", self.base.display());
+        sync().with_context(syncing)?;
+        let put = self.put.take();
+        if put.is_empty() {
+            return Ok(());
+        }
+        for (part, to) in put {
+            self.step()
+                .and_then(|()| fs::rename(&part, &to))
+                .with_context(|| format!("writing {}", to.display()))?;
+        }
+        sync().with_context(syncing)
     }
 
     pub(crate) fn remove(&self, path: &Path) -> Result<()> {
@@ -160,6 +233,73 @@ impl Writer {
     }
 }
 
+/// A file, and what was written to it.
+struct Copy {
+    file: File,
+    length: u64,
+    digest: sha2::Sha256,
+}
+
+impl Copy {
+    fn to(file: File) -> Self {
+        Self {
+            file,
+            length: 0,
+            digest: sha2::Sha256::new(),
+        }
+    }
+
+    fn digested(self) -> Digested {
+        Digested {
+            length: self.length,
+            sha256: Sha256::from_bytes(self.digest.finalize().into()),
+        }
+    }
+}
+
+impl io::Write for Copy {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.digest.update(&bytes[..written]);
+        self.length += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a file is.
+pub(crate) fn digest_of(path: &Path) -> Result<(u64, Sha256)> {
+    let read = || -> io::Result<(u64, Sha256)> {
+        let mut digest = sha2::Sha256::new();
+        let length = io::copy(&mut File::open(path)?, &mut digest)?;
+        Ok((length, Sha256::from_bytes(digest.finalize().into())))
+    };
+    read().with_context(|| format!("reading {}", path.display()))
+}
+
+fn part_of(directory: &Path, name: &OsStr) -> PathBuf {
+    directory.join(format!(".{}.part", name.to_string_lossy()))
+}
+
+/// Another disk, or one that has no links, or not so many.
+fn cannot_link(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| {
+        [
+            Errno::XDEV,
+            Errno::MLINK,
+            Errno::PERM,
+            Errno::OPNOTSUPP,
+            Errno::NOSYS,
+        ]
+        .contains(&errno)
+    })
+}
+
 /// The time that a new file at `path` needs so that web servers tell it from the former one: many make a file's entity tag of its size
 /// and its time in whole seconds, and a device that polled between two publications in one second would be told "not modified".
 fn distinct_time(path: &Path) -> io::Result<Option<SystemTime>> {
@@ -174,6 +314,16 @@ fn distinct_time(path: &Path) -> io::Result<Option<SystemTime>> {
     };
     let least = seconds(former) + 1;
     Ok((seconds(SystemTime::now()) < least).then(|| UNIX_EPOCH + Duration::from_secs(least)))
+}
+
+/// With all that is missing above it, for everybody to read.
+fn create_directory(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    create_directory(directory.parent().ok_or(io::ErrorKind::NotFound)?)?;
+    fs::create_dir(directory)?;
+    fs::set_permissions(directory, Permissions::from_mode(0o755))
 }
 
 /// With all that is missing above it, each of them synced into the one above.
@@ -202,6 +352,41 @@ mod tests {
     use std::os::unix::fs::MetadataExt as _;
 
     use super::*;
+
+    #[test]
+    fn what_is_put_has_its_name_when_it_is_settled_and_what_is_linked_is_the_same_file() {
+        let temp = tempfile::tempdir().unwrap();
+        let base = temp.path().join("public");
+        fs::create_dir(&base).unwrap();
+        let from = temp.path().join("from");
+        fs::write(&from, "content").unwrap();
+        fs::set_permissions(&from, Permissions::from_mode(0o600)).unwrap();
+        let writer = Writer::new(&base);
+        let digested = writer.put(&from, "a/put").unwrap();
+        assert_eq!(
+            (digested.length, digested.sha256),
+            digest_of(&from).unwrap()
+        );
+        assert!(!base.join("a/put").exists());
+        let other = Writer::new(&base);
+        other.clear_parts().unwrap();
+        assert!(writer.settle().is_err());
+        writer.put(&from, "a/put").unwrap();
+        writer.settle().unwrap();
+        fs::create_dir(base.join("b")).unwrap();
+        fs::write(base.join("b/linked"), "other").unwrap();
+        writer.link(&from, "b/linked").unwrap();
+        writer.settle().unwrap();
+        let [from, put, linked] = [&from, &base.join("a/put"), &base.join("b/linked")]
+            .map(|path| fs::metadata(path).unwrap());
+        assert_eq!(from.ino(), linked.ino());
+        assert_ne!(from.ino(), put.ino());
+        assert!(
+            [put, linked]
+                .iter()
+                .all(|meta| meta.mode() & 0o777 == 0o644)
+        );
+    }
 
     #[test]
     fn a_file_that_is_replaced_has_a_later_second() {

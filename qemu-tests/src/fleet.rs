@@ -44,10 +44,12 @@ impl Fleet {
     /// A copy of the fleet in `from`, in `to`; it shares its objects.
     pub fn copy(board: Board, from: &Path, to: &Path) -> Result<Self> {
         fs::create_dir(to)?;
-        copy_all(from, to, "repo")?;
+        copy_all(from, to, &["repo", "public"])?;
+        // What is published is never rewritten in place.
+        run!("cp", "-al", from.join("public"), to.join("public"))?;
         let (from, repository) = (from.join("repo"), to.join("repo"));
         fs::create_dir(&repository)?;
-        copy_all(&from, &repository, "objects")?;
+        copy_all(&from, &repository, &["objects"])?;
         // Only objects are never rewritten in place.
         run!(
             "cp",
@@ -153,10 +155,10 @@ impl Fleet {
     }
 }
 
-fn copy_all(from: &Path, to: &Path, except: &str) -> Result<()> {
+fn copy_all(from: &Path, to: &Path, except: &[&str]) -> Result<()> {
     for entry in fs::read_dir(from).with_context(|| format!("reading {}", from.display()))? {
         let entry = entry?;
-        if entry.file_name() != except {
+        if except.iter().all(|name| entry.file_name() != *name) {
             run!("cp", "-a", entry.path(), to)?;
         }
     }

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use super::*;
-use crate::bench::{Bench, copy, now, request, seen};
+use crate::bench::{Bench, copy, files, now, request, seen};
 use crate::device::checked;
 
 #[test]
@@ -58,13 +58,17 @@ fn a_device_sees_the_former_release_or_the_new_one_after_a_cut_at_any_write() {
             .unwrap();
         assert_eq!(parts.stdout, b"");
     }
-    // Two deltas of two files, commit object, manifest, channel, snapshot, timestamp: four steps each. The last rename publishes.
-    assert_eq!(history.len(), 9 * 4 + 1);
+    // Two deltas of two files, the index of objects, commit object, manifest, channel, snapshot, timestamp: four steps each; each new
+    // object and the sync after them. The last rename publishes.
+    let objects = |name: &str| files(&bench.path(name).join("public/objects")).len();
+    let new = objects(&format!("cut-{}", history.len() - 1)) - objects("fleet") - 1;
+    let steps = 10 * 4 + new + 1;
+    assert_eq!(history.len(), steps + 1);
     let former = history
         .iter()
         .take_while(|version| *version == "1.0.0")
         .count();
-    assert_eq!(former, 9 * 4 - 1);
+    assert_eq!(former, steps - 1);
     assert!(history[former..].iter().all(|version| version == "1.1.0"));
 }
 
@@ -135,7 +139,8 @@ fn a_manifest_has_as_much_of_the_chain_as_devices_read() {
     .unwrap()
     .pop()
     .unwrap();
-    let mut manifest = manifest(&fleet, &"stable".parse().unwrap(), &release).unwrap();
+    let channel = "stable".parse().unwrap();
+    let mut manifest = content::manifest(&fleet.public(), &channel, &release).unwrap();
     assert_eq!(manifest.deltas.len(), published.deltas.len());
     let one = Delta {
         to: Some(release.commit),

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp as Time;
 use offshoot::commit::Sha256;
+use offshoot::objects::{self, Object};
 use offshoot::trust::goal::Newest;
 use offshoot::trust::refresh::{Outcome, Refresh, Reply, Want};
-use offshoot::trust::schema::File;
+use offshoot::trust::schema::{File, Manifest, Objects};
 use offshoot::trust::store::Store;
 use offshoot::trust::{Release, Verified};
 
@@ -94,5 +95,23 @@ pub(crate) fn checked(public: &Path, release: &Verified<Release>) -> String {
             );
         }
     }
+    for object in indexed(public, manifest) {
+        let bytes = fs::read(public.join(object.path())).unwrap();
+        let want = (object.sha256, object.length);
+        assert_eq!((Sha256::of(&bytes), bytes.len() as u64), want, "{object}");
+    }
     entry.version.to_string()
+}
+
+/// What the index of its objects lists, if it has one.
+pub(crate) fn indexed(public: &Path, manifest: &Manifest) -> Vec<Object> {
+    let Some(Objects { index }) = &manifest.objects else {
+        return Vec::new();
+    };
+    let bytes = fs::read(public.join(index.path.as_str())).unwrap();
+    assert_eq!(
+        (Sha256::of(&bytes), bytes.len() as u64),
+        (index.sha256, index.length)
+    );
+    objects::parse(&bytes).unwrap()
 }

@@ -11,6 +11,7 @@ mod cli;
 mod compose;
 mod device;
 mod image;
+mod objects;
 mod publish;
 mod python_tuf;
 mod serve;

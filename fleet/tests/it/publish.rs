@@ -115,7 +115,11 @@ fn keys_are_the_operators_and_what_is_public_is_everybodys() {
 fn keys_are_the_operators(umask: &str) {
     let bench = Bench::empty();
     let program = env!("CARGO_BIN_EXE_offshoot-fleet");
-    let script = format!("umask {umask} && {program} --fleet fleet init --hardware=qemu-x86_64");
+    let script = format!(
+        "umask {umask} && mkdir -p tree/usr/lib/modules/1 && cd tree/usr/lib/modules/1 && echo k > vmlinuz && echo i > initramfs.img && cd - && \
+         run='{program} --fleet fleet' && $run init --hardware=qemu-x86_64 && $run compose --tree=tree --branch=1 --release=1 && \
+         $run publish --channel=stable --hardware=qemu-x86_64 --release=1 --full 1"
+    );
     let output = std::process::Command::new("sh")
         .args(["-c", &script])
         .current_dir(bench.path(""))
@@ -127,11 +131,24 @@ fn keys_are_the_operators(umask: &str) {
     for (path, ..) in files(&bench.path("fleet/keys")) {
         assert_eq!(mode(path.to_str().unwrap()), 0o600, "{path:?}");
     }
-    for path in ["public", "public/metadata"] {
+    for path in [
+        "public",
+        "public/metadata",
+        "public/targets",
+        "public/deltas",
+        "public/objects",
+    ] {
         assert_eq!(mode(&format!("fleet/{path}")), 0o755, "{path}");
     }
     for (path, ..) in files(&bench.public()) {
         assert_eq!(mode(path.to_str().unwrap()), 0o644, "{path:?}");
+    }
+    let objects = fs::read_dir(bench.public().join("objects")).unwrap();
+    for folder in objects
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().is_dir())
+    {
+        assert_eq!(mode(folder.path().to_str().unwrap()), 0o755, "{folder:?}");
     }
     let key = bench.path("fleet/keys/targets.pem");
     fs::set_permissions(&key, Permissions::from_mode(0o640)).unwrap();
@@ -240,11 +257,11 @@ fn what_is_not_a_release_is_refused_and_nothing_is_published() {
         None
     );
     fs::rename(bench.path("elsewhere"), &key).unwrap();
-    let published = bench.publish("stable", "1.0.0", &[]);
+    let published = bench.publish("stable", "1.0.0", &["--no-objects"]);
     assert_eq!(
         published["warnings"].as_array().unwrap().len(),
         1,
-        "it has no delta"
+        "it has no delta and no objects"
     );
 }
 

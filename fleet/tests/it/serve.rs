@@ -13,14 +13,14 @@ use serde_json::Value;
 
 use crate::bench::{Bench, noise};
 
-struct Serving {
+pub(crate) struct Serving {
     child: Child,
     ready: Value,
     log: PathBuf,
 }
 
 impl Serving {
-    fn start(bench: &Bench, arguments: &[&str]) -> Self {
+    pub(crate) fn start(bench: &Bench, arguments: &[&str]) -> Self {
         let log = bench.path("log");
         let mut child = bench
             .command()
@@ -53,7 +53,7 @@ impl Serving {
     }
 
     /// Asks it to stop; its exit code and what it logged.
-    fn stop(mut self) -> (Option<i32>, Vec<Value>) {
+    pub(crate) fn stop(mut self) -> (Option<i32>, Vec<Value>) {
         kill_process(self.pid(), Signal::TERM).unwrap();
         let code = self.child.wait().unwrap().code();
         let log = fs::read_to_string(&self.log).unwrap();
@@ -105,13 +105,13 @@ fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
         .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
 }
 
-fn client(serving: &Serving) -> Server {
+pub(crate) fn client(serving: &Serving) -> Server {
     let mut config = ServerConfig::new(serving.url());
     config.ca = Some(serving.ca().into());
     Server::new(config, "offshoot/test").unwrap()
 }
 
-fn wait<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn wait<T>(future: impl Future<Output = T>) -> T {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
     runtime.enable_all().build().unwrap().block_on(future)
 }
