@@ -1,5 +1,6 @@
 //! The words an operator types, and what is said back.
 
+mod distribute;
 mod image;
 
 use std::io::Write as _;
@@ -25,7 +26,7 @@ const NAME: &str = "offshoot-fleet";
 /// whoever has `keys` decides what the devices run.
 ///
 /// Exit codes: 0 done, 1 failed (the reason is on standard error), 2 usage, 3 another offshoot-fleet is at work in the directory,
-/// 4 `status --check` has warnings.
+/// 4 `status --check` has warnings, 5 `fsck` found problems.
 #[derive(Parser)]
 #[command(name = NAME, version, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
@@ -94,6 +95,7 @@ enum Verb {
         #[arg(long)]
         check: bool,
     },
+    Fsck(distribute::FsckArguments),
     Serve(ServeArguments),
     /// Write a manual page to standard output: this program's, or that of one of its verbs.
     #[command(hide = true)]
@@ -304,6 +306,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             }
             Ok(())
         }
+        Verb::Fsck(options) => return distribute::fsck(directory, options, json, now),
         Verb::Man { verb } => manual(verb.as_deref()),
         Verb::Completions { shell } => {
             let mut text = Vec::new();

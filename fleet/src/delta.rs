@@ -226,7 +226,7 @@ fn describe(
 }
 
 /// Says what takes long, and that it goes on: on a terminal every second, else every half minute.
-fn with_progress<T>(label: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+pub(crate) fn with_progress<T>(label: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let (done, wait) = mpsc::channel::<()>();
     let terminal = io::stderr().is_terminal();
     let every = Duration::from_secs(if terminal { 1 } else { 30 });

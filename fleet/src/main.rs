@@ -6,7 +6,7 @@
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
 //!   [`rotate`] replaces keys, [`prune`] removes former releases, [`status`] tells.
 //! - [`image`]: from a commit to a disk that boots.
-//! - [`content`]: every file that a device may ask for.
+//! - [`content`]: every file that a device may ask for; [`verify`]: what a device makes of them; [`fsck`] reads them all.
 //! - [`serve`]: `public/` over HTTPS, for a bench.
 
 #[cfg(test)]
@@ -19,6 +19,7 @@ mod delta;
 #[path = "../tests/it/device.rs"]
 mod device;
 mod directory;
+mod fsck;
 mod image;
 mod init;
 mod keys;
@@ -30,6 +31,7 @@ mod refresh;
 mod rotate;
 mod serve;
 mod status;
+mod verify;
 mod writer;
 
 use std::process::ExitCode;

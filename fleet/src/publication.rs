@@ -85,12 +85,18 @@ pub(crate) struct Release {
 
 impl Publication {
     pub(crate) fn read(fleet: &Fleet) -> Result<Self> {
+        Self::read_from(fleet, &fleet.public())
+    }
+
+    /// A copy of what is published, in another place.
+    pub(crate) fn read_from(fleet: &Fleet, public: &Path) -> Result<Self> {
+        let metadata = |name: &str| public.join("metadata").join(name);
         let path = fleet.root();
         let mut bytes = read(&path)?;
         let mut root =
             verify::trusted_root(&bytes).with_context(|| format!("reading {}", path.display()))?;
         while let Some(next) = root.version.next() {
-            let path = fleet.metadata(&format!("{next}.root.json"));
+            let path = metadata(&format!("{next}.root.json"));
             if !path.exists() {
                 break;
             }
@@ -98,15 +104,15 @@ impl Publication {
             root = verify::accept_root(&root, &bytes)
                 .with_context(|| format!("reading {}", path.display()))?;
         }
-        let timestamp = read(&fleet.metadata("timestamp.json"))?;
+        let timestamp = read(&metadata("timestamp.json"))?;
         let named: Timestamp = parse("timestamp", &timestamp)?;
         let announced = verify::snapshot_file(&named)?.version;
-        let snapshot = read(&fleet.metadata(&format!("{announced}.snapshot.json")))?;
+        let snapshot = read(&metadata(&format!("{announced}.snapshot.json")))?;
         let named: Snapshot = parse("snapshot", &snapshot)?;
         let mut targets = None;
         let mut channels = BTreeMap::new();
         for (file, announced) in &named.meta {
-            let bytes = read(&fleet.metadata(&format!("{}.{file}", announced.version)))?;
+            let bytes = read(&metadata(&format!("{}.{file}", announced.version)))?;
             match file.strip_suffix(".json") {
                 Some("targets") => targets = Some(bytes),
                 Some(channel) => drop(channels.insert(channel.parse()?, bytes)),
@@ -125,7 +131,7 @@ impl Publication {
             channels,
         };
         Self::verify(root, &Floors::default(), files, BEFORE_ALL)
-            .with_context(|| format!("verifying {}", fleet.metadata("").display()))
+            .with_context(|| format!("verifying {}", metadata("").display()))
     }
 
     /// As a device does.

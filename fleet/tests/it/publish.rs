@@ -438,7 +438,37 @@ fn damage_is_told_and_not_published_over() {
     let bytes = original(&part);
     fs::write(&part, "other").unwrap();
     bench.fails(&Bench::publishing("beta", "1.0.0", &["--full"]), 1);
+    fs::write(&part, &bytes).unwrap();
+    // Of the same length, which only `fsck` finds.
+    assert_eq!(bench.run(&["fsck"])["problems"], json!([]));
+    let mut other = bytes.clone();
+    other[0] ^= 1;
+    fs::write(&part, other).unwrap();
+    assert_eq!(kinds(&bench.run(&["status"])), Vec::<&str>::new());
+    let output = bench.output(&["fsck"]);
+    assert_eq!(output.status.code(), Some(5));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let path = part.strip_prefix(bench.public()).unwrap();
+    assert_eq!(
+        (
+            &report["problems"][0]["kind"],
+            &report["problems"][0]["path"]
+        ),
+        (&json!("wrong-digest"), &json!(path))
+    );
+    let copy = bench.path("copy");
     fs::write(&part, bytes).unwrap();
+    let copied = std::process::Command::new("cp")
+        .arg("-a")
+        .args([&bench.public(), &copy])
+        .status();
+    assert!(copied.unwrap().success());
+    bench.run(&["fsck", "--public", "copy"]);
+    fs::remove_file(copy.join(path)).unwrap();
+    assert_eq!(
+        bench.output(&["fsck", "--public", "copy"]).status.code(),
+        Some(5)
+    );
     // Signed by nobody.
     let metadata = one("metadata", "stable.json");
     let newest = bench.public().join("metadata/3.stable.json");
