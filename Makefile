@@ -7,6 +7,7 @@ CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
 help:
 	@echo 'make demo         the main job, live: a good release kept, a broken one rolled back'
 	@echo 'make test         all tests, the machines in QEMU included'
+	@echo 'make test-all     the same, and every story on arm64 under U-Boot, in both ways of counting'
 	@echo 'make bench        the memory that the daemon takes, beside a process that links libostree'
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
 	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'
@@ -21,6 +22,7 @@ setup:
 # What runs in the machines is built for release, as on a device; what drives them is not.
 binaries: setup
 	cargo build --locked --release --package offshoot --package bootloader-glue --package offshoot-fleet
+	agent/cross-arm64
 
 demo: setup
 	@cargo build --locked --release --package offshoot --package bootloader-glue --package offshoot-fleet --package qemu-tests
@@ -28,6 +30,10 @@ demo: setup
 
 test: binaries
 	cargo test --locked --workspace
+
+# Stories that differ from those of `test` by the board or by who counts: more than an hour.
+test-all: binaries
+	cargo test --locked --workspace --features qemu-tests/all
 
 bench: binaries
 	@cargo run --locked --quiet --package qemu-tests -- footprint
@@ -47,4 +53,4 @@ arm64: setup
 clean-cache:
 	rm -rf "$(CACHE)"
 
-.PHONY: help setup binaries demo test bench conformance fuzz shell arm64 clean-cache
+.PHONY: help setup binaries demo test test-all bench conformance fuzz shell arm64 clean-cache

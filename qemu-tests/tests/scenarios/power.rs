@@ -15,6 +15,10 @@ const CUTS: usize = 5;
 
 #[test]
 fn a_power_cut_at_any_moment_of_an_update_leaves_the_former_release_or_the_new_one() {
+    is_cut(Options::default());
+}
+
+pub(super) fn is_cut(options: Options) {
     let seed = match std::env::var("OFFSHOOT_SEED") {
         Ok(seed) => seed.parse().unwrap(),
         Err(_) => u64::from(
@@ -26,7 +30,7 @@ fn a_power_cut_at_any_moment_of_an_update_leaves_the_former_release_or_the_new_o
     };
     eprintln!("OFFSHOOT_SEED={seed} cuts at the same places again");
     let mut random = Random(seed);
-    let mut bench = Bench::start(Web::Fleet, Options::default()).unwrap();
+    let mut bench = Bench::start(Web::Fleet, options).unwrap();
     let release = Release {
         own_initramfs: true,
         ..Release::good("1.1.0")

@@ -19,30 +19,22 @@ fn virt(count: Count) -> Options {
 }
 
 #[test]
-fn a_good_release_is_confirmed_under_a_script_that_counts() {
-    confirms(Count::Script);
-}
-
-#[test]
 fn a_good_release_is_confirmed_under_a_uboot_that_counts() {
     confirms(Count::Bootcount);
 }
 
 #[test]
 fn a_kernel_that_panics_falls_back_under_a_script_that_counts() {
-    let fault = Fault::KernelPanics;
-    let bench = rejects(virt(Count::Script), fault, 3, Reason::Unconfirmed);
+    panics(Count::Script);
+}
+
+fn panics(count: Count) {
+    let bench = rejects(virt(count), Fault::KernelPanics, 3, Reason::Unconfirmed);
     assert_eq!(bench.vm.resets(), 4);
 }
 
-#[test]
-fn a_kernel_that_panics_falls_back_under_a_uboot_that_counts() {
-    let fault = Fault::KernelPanics;
-    let bench = rejects(virt(Count::Bootcount), fault, 3, Reason::Unconfirmed);
-    assert_eq!(bench.vm.resets(), 4);
-}
-
-fn confirms(count: Count) {
+/// The bench that a device has confirmed 1.1.0 on.
+fn confirms(count: Count) -> Bench {
     let mut bench = Bench::start(Web::Fleet, virt(count)).unwrap();
     let target = bench.publish(&Release::good("1.1.0")).unwrap();
     bench.configure("").unwrap();
@@ -68,4 +60,115 @@ fn confirms(count: Count) {
     // The administrator's tool sees the same environment.
     let printed = vm.ask(["fw_printenv", "-n", "offshoot_count"]).unwrap();
     assert_eq!(printed, count.name());
+    bench
+}
+
+/// `make test-all`.
+#[cfg(feature = "all")]
+mod all {
+    use offshoot::decide::Why;
+    use offshoot::status::Boot;
+
+    use super::super::power::is_cut;
+    use super::*;
+
+    #[test]
+    fn a_good_release_is_confirmed_under_a_script_that_counts() {
+        confirms(Count::Script);
+    }
+
+    #[test]
+    fn a_kernel_that_panics_falls_back_under_a_uboot_that_counts() {
+        panics(Count::Bootcount);
+    }
+
+    #[test]
+    fn a_required_health_check_that_fails_falls_back_at_once_and_says_which() {
+        for count in [Count::Script, Count::Bootcount] {
+            let checks = vec!["50-bench".to_owned()];
+            let reason = Reason::Unhealthy { checks };
+            let bench = rejects(virt(count), Fault::HealthCheckFails, 3, reason);
+            assert_eq!(bench.vm.resets(), 2);
+        }
+    }
+
+    #[test]
+    fn an_agent_that_does_not_start_is_not_kept() {
+        for count in [Count::Script, Count::Bootcount] {
+            let checks = vec!["10-offshoot".to_owned()];
+            let reason = Reason::Unhealthy { checks };
+            let bench = rejects(virt(count), Fault::DaemonDoesNotStart, 3, reason);
+            assert_eq!(bench.vm.resets(), 2);
+        }
+    }
+
+    #[test]
+    fn a_root_file_system_that_does_not_mount_falls_back() {
+        for count in [Count::Script, Count::Bootcount] {
+            let fault = Fault::RootDoesNotMount;
+            let bench = rejects(virt(count), fault, 2, Reason::Unconfirmed);
+            assert_eq!(bench.vm.resets(), 3);
+        }
+    }
+
+    /// By the kernel's own watchdog: this board has no other that Debian's kernel knows.
+    #[test]
+    fn a_hang_is_ended_by_the_watchdog() {
+        for count in [Count::Script, Count::Bootcount] {
+            let fault = Fault::PidOneFreezes;
+            let bench = rejects(virt(count), fault, 1, Reason::Unconfirmed);
+            assert_eq!(bench.vm.resets(), 2);
+        }
+    }
+
+    #[test]
+    fn a_start_that_never_finishes_or_has_no_agent_is_ended_by_the_deadline() {
+        for count in [Count::Script, Count::Bootcount] {
+            for fault in [Fault::StartNeverFinishes, Fault::NoPrograms] {
+                let bench = rejects(virt(count), fault, 1, Reason::Unconfirmed);
+                assert_eq!(bench.vm.resets(), 2);
+            }
+        }
+    }
+
+    #[test]
+    fn a_power_cut_at_any_moment_of_an_update_leaves_the_former_release_or_the_new_one() {
+        for count in [Count::Script, Count::Bootcount] {
+            is_cut(virt(count));
+        }
+    }
+
+    #[test]
+    fn an_environment_that_is_lost_costs_one_boot_of_the_former_release_and_nothing_else() {
+        for count in [Count::Script, Count::Bootcount] {
+            let mut bench = confirms(count);
+            let Bench { vm, first, .. } = &mut bench;
+            let lose = "for copy in /uboot/*.env; do dd if=/dev/zero of=$copy bs=512 count=1 conv=notrunc,fsync; done";
+            vm.ask(["/bin/sh", "-c", lose]).unwrap();
+            vm.cut_power().unwrap();
+            vm.power_on().unwrap();
+            vm.wait_for_serial("offshoot: fallback (corrupt)", PATIENCE)
+                .unwrap();
+            vm.wait_for_event(events::SETTLED, PATIENCE).unwrap();
+            vm.wait_for_event(events::WAITING, PATIENCE).unwrap();
+            assert_eq!(vm.booted_commit().unwrap(), *first);
+            let status = vm.status().unwrap();
+            assert_eq!(status.boot, Boot::Corrupt);
+            assert_eq!((status.rejections, status.phase), (vec![], Phase::Idle));
+            assert_eq!(status.why, Some(Why::AnotherDefault));
+            assert!(matches!(
+                vm.environment().unwrap(),
+                Environment::Valid { counter, damaged: false } if !counter.upgrade_available
+            ));
+            // What U-Boot has compiled in is there again.
+            let printed = vm.ask(["fw_printenv", "-n", "bootcmd"]).unwrap();
+            assert_eq!(printed, "run offshoot_start");
+            vm.cut_power().unwrap();
+            vm.power_on().unwrap();
+            vm.wait_for_serial("offshoot: booting entry 0", PATIENCE)
+                .unwrap();
+            vm.wait_for_agent().unwrap();
+            assert_ne!(vm.booted_commit().unwrap(), *first);
+        }
+    }
 }
