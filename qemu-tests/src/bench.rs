@@ -84,3 +84,23 @@ impl Bench {
         self.fleet.publish(&self.cache, release)
     }
 }
+
+impl Drop for Bench {
+    /// A scenario that failed says what the machine and its device said.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.vm.transcript());
+            let journal = [
+                "journalctl",
+                "--no-pager",
+                "--output=short-monotonic",
+                "--unit=offshoot*",
+                "--lines=400",
+            ];
+            match self.vm.run(journal) {
+                Ok(output) => eprintln!("-- journal in the guest\n{}", output.stdout),
+                Err(error) => eprintln!("-- the guest does not answer: {error:#}"),
+            }
+        }
+    }
+}

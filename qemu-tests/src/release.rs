@@ -77,6 +77,7 @@ const UNITS: &[(&str, Option<&str>)] = &[
         Some("boot-complete.target.requires"),
     ),
     ("offshoot-confirm.service", Some("multi-user.target.wants")),
+    ("offshoot-selftest.service", Some("multi-user.target.wants")),
     ("offshoot-deadline.timer", Some("sysinit.target.wants")),
     ("offshoot-deadline.service", None),
 ];

@@ -45,9 +45,9 @@ impl Vm {
         Ok(output.stdout.trim().to_owned())
     }
 
-    /// Asks the guest to reboot. Does not wait: the agent goes away with the system that it runs in.
-    pub fn reboot(&mut self) -> Result<()> {
-        self.begin(&["systemctl", "reboot"], b"").map(drop)
+    /// Starts a command and does not wait for it: it may end the system that the agent runs in.
+    pub fn start(&mut self, argv: &[&str]) -> Result<()> {
+        self.begin(argv, b"").map(drop)
     }
 
     /// Writes a file in the guest.

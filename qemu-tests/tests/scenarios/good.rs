@@ -109,7 +109,7 @@ fn a_good_release_is_confirmed_after_one_boot_and_given_up_when_it_cannot_be_loa
     // Nothing is on trial, and the default cannot be loaded any more: the one before it runs, and the default is given up.
     let kernel = "mount -o remount,rw /boot && rm \"$(sed -n 's/^linux //;T;s,^,/boot,p' /boot/loader/entries/ostree-2.conf)\"";
     vm.ask(["/bin/sh", "-c", kernel]).unwrap();
-    vm.reboot().unwrap();
+    vm.start(&["systemctl", "reboot"]).unwrap();
     let rejected = vm.wait_for_event(events::REJECTED, PATIENCE).unwrap();
     assert_eq!(rejected.field("COMMIT"), Some(target.to_string().as_str()));
     vm.wait_for_event(events::UNDEPLOYED, PATIENCE).unwrap();

@@ -10,4 +10,5 @@
 mod faults;
 mod good;
 mod power;
+mod selftest;
 mod virt;
