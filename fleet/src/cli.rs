@@ -95,6 +95,7 @@ enum Verb {
         #[arg(long)]
         check: bool,
     },
+    Bundle(distribute::BundleArguments),
     Fsck(distribute::FsckArguments),
     Serve(ServeArguments),
     /// Write a manual page to standard output: this program's, or that of one of its verbs.
@@ -306,6 +307,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             }
             Ok(())
         }
+        Verb::Bundle(options) => distribute::bundle(directory, options, json, now),
         Verb::Fsck(options) => return distribute::fsck(directory, options, json, now),
         Verb::Man { verb } => manual(verb.as_deref()),
         Verb::Completions { shell } => {

@@ -5,12 +5,14 @@
 //! - [`publish`]: from a commit to a release; [`delta`], [`objects`]: what devices download of it; [`writer`]: how files get into `public/`.
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
 //!   [`rotate`] replaces keys, [`prune`] removes former releases, [`status`] tells.
+//! - [`bundle`]: a release on a stick, for devices without a network.
 //! - [`image`]: from a commit to a disk that boots.
 //! - [`content`]: every file that a device may ask for; [`verify`]: what a device makes of them; [`fsck`] reads them all.
 //! - [`serve`]: `public/` over HTTPS, for a bench.
 
 #[cfg(test)]
 mod bench;
+mod bundle;
 mod cli;
 mod compose;
 mod content;

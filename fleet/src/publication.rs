@@ -216,6 +216,21 @@ impl Publication {
         roles
     }
 
+    /// When a device that follows a channel believes it no more.
+    pub(crate) fn believed_until(&self, channel: &RoleName) -> Time {
+        let expires = [
+            self.root.expires,
+            self.timestamp.expires,
+            self.snapshot.expires,
+            self.targets.expires,
+        ];
+        let channel = self.channels.get(channel).map(|channel| channel.expires);
+        expires
+            .into_iter()
+            .chain(channel)
+            .fold(Time::MAX, Time::min)
+    }
+
     /// Which keys sign for a role.
     pub(crate) fn signers(&self, role: &str) -> Result<&RoleKeys> {
         signers(&self.root, &self.targets, role)

@@ -128,7 +128,7 @@ impl Writer {
                 file.set_modified(time)?;
             }
             // Whatever the umask: a web server under another user is to read it.
-            file.set_permissions(Permissions::from_mode(0o644))?;
+            set_mode(file, 0o644)?;
             file.sync_all()?;
             self.step()?;
             fs::rename(&part, &path)?;
@@ -179,7 +179,7 @@ impl Writer {
             self.step()?;
             let mut copy = Copy::to(File::create(&part)?);
             io::copy(&mut BufReader::with_capacity(1 << 16, file), &mut copy)?;
-            copy.file.set_permissions(Permissions::from_mode(0o644))?;
+            set_mode(&copy.file, 0o644)?;
             self.put.borrow_mut().push((part, to.clone()));
             Ok(copy.digested())
         };
@@ -204,6 +204,17 @@ impl Writer {
                 .with_context(|| format!("writing {}", to.display()))?;
         }
         sync().with_context(syncing)
+    }
+
+    /// Gives a directory that is settled its name, which nothing may have.
+    pub(crate) fn name(&self, from: &Path, to: &Path) -> Result<()> {
+        let place = || -> io::Result<()> {
+            self.step()?;
+            fs::rename(from, to)?;
+            File::open(parent(to))?.sync_all()?;
+            self.step()
+        };
+        place().with_context(|| format!("naming {}", to.display()))
     }
 
     pub(crate) fn remove(&self, path: &Path) -> Result<()> {
@@ -312,8 +323,9 @@ fn distinct_time(path: &Path) -> io::Result<Option<SystemTime>> {
         time.duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs())
     };
-    let least = seconds(former) + 1;
-    Ok((seconds(SystemTime::now()) < least).then(|| UNIX_EPOCH + Duration::from_secs(least)))
+    // Not left to the file system where the clock has gone on: it may have stamped the file a second ago.
+    let least = UNIX_EPOCH + Duration::from_secs(seconds(former) + 1);
+    Ok(Some(SystemTime::now().max(least)))
 }
 
 /// With all that is missing above it, for everybody to read.
@@ -323,7 +335,16 @@ fn create_directory(directory: &Path) -> io::Result<()> {
     }
     create_directory(directory.parent().ok_or(io::ErrorKind::NotFound)?)?;
     fs::create_dir(directory)?;
-    fs::set_permissions(directory, Permissions::from_mode(0o755))
+    set_mode(&File::open(directory)?, 0o755)
+}
+
+/// A file system without modes, as on a USB stick, has its own; that is in order if everybody may read.
+fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    let set = file.set_permissions(Permissions::from_mode(mode));
+    match set {
+        Err(_) if file.metadata()?.permissions().mode() & 0o444 == 0o444 => Ok(()),
+        set => set,
+    }
 }
 
 /// With all that is missing above it, each of them synced into the one above.
@@ -338,13 +359,16 @@ pub(crate) fn make_directory(directory: &Path) -> io::Result<()> {
         make_directory(parent)?;
     }
     fs::create_dir(directory)?;
-    fs::set_permissions(directory, Permissions::from_mode(0o755))?;
-    let parent = if parent.as_os_str().is_empty() {
-        Path::new(".")
-    } else {
-        parent
-    };
-    File::open(parent)?.sync_all()
+    set_mode(&File::open(directory)?, 0o755)?;
+    File::open(self::parent(directory))?.sync_all()
+}
+
+/// The directory that a path is in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) | None => Path::new("."),
+    }
 }
 
 #[cfg(test)]
@@ -386,6 +410,13 @@ mod tests {
                 .iter()
                 .all(|meta| meta.mode() & 0o777 == 0o644)
         );
+    }
+
+    #[test]
+    fn a_file_system_with_modes_of_its_own_is_taken_if_everybody_may_read() {
+        let modeless = |path: &str| set_mode(&File::open(path).unwrap(), 0o644);
+        modeless("/proc/self/status").unwrap();
+        modeless("/proc/self/mem").unwrap_err();
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The words of what is done with a publication: `fsck`.
+//! The words of what is done with a publication: `bundle`, `fsck`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -6,13 +6,82 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use jiff::Timestamp as Time;
+use offshoot::commit::Commit;
+use offshoot::trust::schema::{HardwareId, RoleName};
 
 use super::say;
+use crate::bundle::{self, Request, Summary};
 use crate::directory::Fleet;
 use crate::fsck::{self, Report};
 
 /// How many unreferenced files are named to people.
 const NAMED: usize = 10;
+
+/// Write a directory that takes the newest release to devices without a network.
+///
+/// On the device: offshoot update --from DIR. It trusts the bundle as little as a server: everything in it is signed, and it is believed
+/// until the metadata expires, which is said (`refresh` and bundle again, or a longer lifetime of timestamp in fleet.toml). Without --from
+/// and --objects it has all of the release's deltas. With --from, name each commit that the devices may run, or hold to fall back to: of
+/// several ways a device takes the cheapest by what it has. With --objects it serves any device, and is the largest.
+///
+/// Example: offshoot-fleet bundle --output /media/stick/offshoot --channel stable --hardware qemu-x86_64
+#[derive(Args)]
+pub(super) struct BundleArguments {
+    /// The directory to write, which there is not yet.
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    /// The channel that the devices follow.
+    #[arg(long)]
+    channel: RoleName,
+    /// The kind of device.
+    #[arg(long)]
+    hardware: HardwareId,
+    /// What the devices run: only the deltas that lead on from it; may be given more than once.
+    #[arg(long, value_name = "COMMIT")]
+    from: Vec<Commit>,
+    /// Every object of the release, for devices that run anything.
+    #[arg(long)]
+    objects: bool,
+}
+
+pub(super) fn bundle(
+    directory: &Path,
+    options: &BundleArguments,
+    json: bool,
+    now: Time,
+) -> Result<()> {
+    let request = Request {
+        output: options.output.clone(),
+        channel: options.channel.clone(),
+        hardware: options.hardware.clone(),
+        from: options.from.clone(),
+        objects: options.objects,
+    };
+    let summary = bundle::bundle(&Fleet::open(directory)?, &request, now)?;
+    say(json, &summary, || bundled(&summary))
+}
+
+fn bundled(summary: &Summary) -> String {
+    let Summary {
+        output,
+        version,
+        deltas,
+        objects,
+        files,
+        bytes,
+        until,
+        ..
+    } = summary;
+    let output = output.display();
+    let objects = objects.map_or(String::new(), |objects| {
+        format!(" and {} objects", objects.count)
+    });
+    format!(
+        "{output} has {version} with {} deltas{objects}: {files} files, {bytes} bytes, verified\n\
+         devices believe it until {until}: offshoot update --from {output}",
+        deltas.len()
+    )
+}
 
 /// Check that everything that a device may ask for is there, and is what was signed.
 ///

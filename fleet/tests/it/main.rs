@@ -7,6 +7,7 @@
 )]
 
 mod bench;
+mod bundle;
 mod cli;
 mod compose;
 mod device;
