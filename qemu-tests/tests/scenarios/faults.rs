@@ -93,10 +93,13 @@ fn a_release_without_our_programs_is_ended_by_the_deadline() {
 pub(super) fn rejects(options: Options, fault: Fault, tries: u8, reason: Reason) -> Bench {
     let mut bench = Bench::start(Web::Fleet, options).unwrap();
     let target = bench.publish(&Release::bad("1.1.0", fault)).unwrap();
-    // Ten minutes are for devices; whoever is not there after one is not going to be.
     let deadline = "/etc/systemd/system/offshoot-deadline.timer.d";
     bench
         .configure_with(&format!("[bootloader]\ntries = {tries}\n"), |vm| {
+            if !matches!(fault, Fault::StartNeverFinishes | Fault::NoPrograms) {
+                return Ok(());
+            }
+            // Ten minutes are for devices. What is tested here never comes up, so that one is enough; a slow machine's healthy boot takes more.
             vm.ask(["mkdir", "-p", deadline])?;
             vm.write_file(
                 &format!("{deadline}/bench.conf"),
