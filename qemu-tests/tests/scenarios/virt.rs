@@ -44,7 +44,13 @@ fn confirms(count: Count) -> Bench {
     }
     vm.wait_for_serial("offshoot: trial 1 of 3, booting entry 0", PATIENCE)
         .unwrap();
-    for event in [events::HEALTHY, events::CONFIRMING, events::CONFIRMED] {
+    // The status says so a moment after the journal.
+    for event in [
+        events::HEALTHY,
+        events::CONFIRMING,
+        events::CONFIRMED,
+        events::WAITING,
+    ] {
         vm.wait_for_event(event, PATIENCE).unwrap();
     }
     assert_eq!(vm.resets(), 1);
@@ -68,6 +74,9 @@ fn confirms(count: Count) -> Bench {
 mod all {
     use offshoot::decide::Why;
     use offshoot::status::Boot;
+    use qemu_tests::cache::Cache;
+    use qemu_tests::image;
+    use qemu_tests::vm::{STARTUP_FINISHED, Vm};
 
     use super::super::power::is_cut;
     use super::*;
@@ -136,6 +145,39 @@ mod all {
         for count in [Count::Script, Count::Bootcount] {
             is_cut(virt(count));
         }
+    }
+
+    /// Between the last partition and the partition table's copy nothing else is on this disk.
+    #[test]
+    fn an_environment_on_a_block_device_is_shared_with_the_administrators_tool() {
+        let options = virt(Count::Script);
+        let image = image::factory(&Cache::open().unwrap(), options.board).unwrap();
+        let mut vm = Vm::boot_with(&image.disk, options).unwrap();
+        vm.wait_for_event(STARTUP_FINISHED, PATIENCE).unwrap();
+        vm.ask(["systemctl", "stop", "offshoot.service"]).unwrap();
+        vm.ask(["mkdir", "-p", "/etc/offshoot"]).unwrap();
+        let places = "/etc/block.config";
+        for (path, content) in [
+            (places, "/dev/vda -0x80000 1000\n/dev/vda -0x7f000 1000\n"),
+            (
+                "/etc/defaults",
+                "bootlimit=3\nrollback=0\noffshoot_count=script\nbootcount=2\n",
+            ),
+            (
+                "/etc/offshoot/config.toml",
+                "[bootloader]\nconfig = \"/etc/block.config\"\n",
+            ),
+        ] {
+            vm.write_file(path, content.as_bytes()).unwrap();
+        }
+        let defaults = ["-f", "/etc/defaults", "upgrade_available", "1"];
+        vm.ask([&["fw_setenv", "-c", places], &defaults[..]].concat())
+            .unwrap();
+        vm.ask(["offshoot", "confirm"]).unwrap();
+        let printed = vm.ask(["fw_printenv", "-c", places]).unwrap();
+        let expected =
+            "bootcount=0\nbootlimit=3\noffshoot_count=script\nrollback=0\nupgrade_available=0";
+        assert_eq!(printed, expected);
     }
 
     #[test]
