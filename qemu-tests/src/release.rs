@@ -131,9 +131,11 @@ impl Release {
                 "usr/lib/ostree/ostree-prepare-root",
                 b"#!/usr/bin/bash\nexit 1\n",
             ),
-            Some(Fault::PidOneFreezes) => {
-                tree.unit("bench-freeze", "/usr/bin/kill -SEGV 1", "multi-user.target")
-            }
+            Some(Fault::PidOneFreezes) => tree.unit(
+                "bench-freeze",
+                "/usr/bin/bash -c \"kill -SEGV 1\"",
+                "multi-user.target",
+            ),
             Some(Fault::StartNeverFinishes) => {
                 tree.unit("bench-hang", "/usr/bin/sleep infinity", "sysinit.target")
             }
