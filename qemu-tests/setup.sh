@@ -25,8 +25,10 @@ packages=(
     qemu-user-static arch-test
     # A web server that is not ours.
     nginx-light openssl
-    # A TUF implementation that is not ours.
+    # A TUF implementation and a store that are not ours.
     python3 python3-venv
+    # What offshoot-fleet push runs.
+    rsync
 )
 # Version 7.2, bookworm's own, miscompiles cmpxchg16b under emulation, and the guest's kernel dies of it.
 qemu_at_least=10
@@ -56,9 +58,15 @@ rust_is_new_enough() {
     command -v cargo >/dev/null && dpkg --compare-versions "${found:-0}" ge "$wanted"
 }
 
-# The reference implementation of TUF, from PyPI, beside the images. The list of what is in it is its last file.
-install_python_tuf() {
-    local wanted=agent/tests/tuf/requirements.txt environment=${OFFSHOOT_CACHE:-$HOME/.cache/offshoot}/python-tuf
+# What is in Python, from PyPI, beside the images: the reference implementation of TUF, and a store that speaks S3. The list of what is in
+# each is its last file.
+install_python() {
+    install_environment python-tuf agent/tests/tuf/requirements.txt
+    install_environment python-s3 fleet/tests/s3/requirements.txt
+}
+
+install_environment() {
+    local environment=${OFFSHOOT_CACHE:-$HOME/.cache/offshoot}/$1 wanted=$2
     cmp --silent "$wanted" "$environment/requirements.txt" && return
     rm --recursive --force "$environment"
     mkdir --parents "${environment%/*}"
@@ -76,7 +84,7 @@ done
 rust=()
 rust_is_new_enough || rust=(cargo-web rustc-web)
 if [[ ${#missing[@]} == 0 && ${#rust[@]} == 0 ]] && qemu_is_new_enough && apt_knows_uboot; then
-    install_python_tuf
+    install_python
     exit 0
 fi
 if [[ $(id --user) != 0 ]]; then
@@ -135,4 +143,4 @@ fi
 apt_knows_uboot || { echo "apt has no source of U-Boot 2025.01" >&2; exit 1; }
 qemu_is_new_enough || { echo "QEMU $qemu_at_least or newer is not to be had from apt" >&2; exit 1; }
 rust_is_new_enough || { echo "a Rust as new as Cargo.toml asks for is not to be had from apt" >&2; exit 1; }
-install_python_tuf
+install_python

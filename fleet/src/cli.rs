@@ -95,6 +95,7 @@ enum Verb {
         #[arg(long)]
         check: bool,
     },
+    Push(distribute::PushArguments),
     Bundle(distribute::BundleArguments),
     Fsck(distribute::FsckArguments),
     Serve(ServeArguments),
@@ -307,6 +308,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             }
             Ok(())
         }
+        Verb::Push(options) => distribute::push(directory, options, json),
         Verb::Bundle(options) => distribute::bundle(directory, options, json, now),
         Verb::Fsck(options) => return distribute::fsck(directory, options, json, now),
         Verb::Man { verb } => manual(verb.as_deref()),

@@ -5,6 +5,7 @@
 //! - [`publish`]: from a commit to a release; [`delta`], [`objects`]: what devices download of it; [`writer`]: how files get into `public/`.
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
 //!   [`rotate`] replaces keys, [`prune`] removes former releases, [`status`] tells.
+//! - [`push`]: to where devices ask for it.
 //! - [`bundle`]: a release on a stick, for devices without a network.
 //! - [`image`]: from a commit to a disk that boots.
 //! - [`content`]: every file that a device may ask for; [`verify`]: what a device makes of them; [`fsck`] reads them all.
@@ -29,6 +30,7 @@ mod objects;
 mod prune;
 mod publication;
 mod publish;
+mod push;
 mod refresh;
 mod rotate;
 mod serve;

@@ -9,8 +9,6 @@
 //! Does not look into the OSTree repository: `ostree prune` does.
 
 use std::collections::BTreeSet;
-use std::fs;
-use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp as Time;
@@ -19,7 +17,7 @@ use serde::Serialize;
 
 use crate::directory::Fleet;
 use crate::publication::{Publication, releases};
-use crate::writer::Writer;
+use crate::writer::{Swept, Writer};
 use crate::{content, refresh};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -89,21 +87,16 @@ fn prune_with(fleet: &Fleet, keep: usize, now: Time, writer: &Writer) -> Result<
         publication = signed.publication;
     }
     let named = named(fleet, &publication)?;
-    let mut summary = Summary {
-        releases: gone,
-        files: 0,
-        bytes: 0,
-        warnings,
-    };
+    let mut swept = Swept::default();
     for folder in ["metadata", "targets", "deltas", "objects"] {
-        let sweep = Sweep {
-            writer,
-            public: &fleet.public(),
-            named: &named,
-        };
-        sweep.directory(&fleet.public().join(folder), &mut summary)?;
+        swept += writer.sweep(&fleet.public().join(folder), |path| named.contains(path))?;
     }
-    Ok(summary)
+    Ok(Summary {
+        releases: gone,
+        files: swept.files,
+        bytes: swept.bytes,
+        warnings,
+    })
 }
 
 fn is_newer(other: &crate::publication::Release, release: &crate::publication::Release) -> bool {
@@ -111,58 +104,16 @@ fn is_newer(other: &crate::publication::Release, release: &crate::publication::R
 }
 
 /// Every file that a device may ask for, below `public`.
-fn named(fleet: &Fleet, publication: &Publication) -> Result<BTreeSet<PathBuf>> {
+fn named(fleet: &Fleet, publication: &Publication) -> Result<BTreeSet<String>> {
     let content = content::of_releases(&fleet.public(), publication)?;
     let all = content::of_metadata(publication).into_iter();
-    Ok(all.chain(content.into_keys()).map(PathBuf::from).collect())
-}
-
-struct Sweep<'a> {
-    writer: &'a Writer,
-    public: &'a Path,
-    named: &'a BTreeSet<PathBuf>,
-}
-
-impl Sweep<'_> {
-    /// Removes what is not named, and directories that are empty then.
-    fn directory(&self, directory: &Path, summary: &mut Summary) -> Result<()> {
-        if !directory.exists() {
-            return Ok(());
-        }
-        let reading = || format!("reading {}", directory.display());
-        let mut entries = Vec::new();
-        for entry in fs::read_dir(directory).with_context(reading)? {
-            entries.push(entry.with_context(reading)?.path());
-        }
-        // The superblock of a delta first.
-        entries.sort_by_key(|path| !path.ends_with("superblock"));
-        for path in entries {
-            let meta = fs::symlink_metadata(&path).with_context(reading)?;
-            if meta.is_dir() {
-                self.directory(&path, summary)?;
-            } else if !self
-                .named
-                .contains(path.strip_prefix(self.public).unwrap_or(&path))
-            {
-                self.writer.remove(&path)?;
-                summary.files += 1;
-                summary.bytes += meta.len();
-            }
-        }
-        let is_empty = fs::read_dir(directory)
-            .with_context(reading)?
-            .next()
-            .is_none();
-        if is_empty {
-            fs::remove_dir(directory)
-                .with_context(|| format!("removing {}", directory.display()))?;
-        }
-        Ok(())
-    }
+    Ok(all.chain(content.into_keys()).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::PathBuf;
     use std::process::Command;
 
     use super::*;
@@ -209,7 +160,10 @@ mod tests {
             let published = Publication::read(&fleet).unwrap();
             let named = named(&fleet, &published).unwrap();
             let below = |path: &PathBuf| path.strip_prefix(&public).unwrap().to_owned();
-            assert!(left.iter().all(|path| named.contains(&below(path))));
+            assert!(
+                left.iter()
+                    .all(|path| named.contains(below(path).to_str().unwrap()))
+            );
             // 1.1.0 from 1.0.0 and from nothing, its commit and manifest, and its objects.
             let content = left
                 .iter()

@@ -225,6 +225,47 @@ impl Writer {
         remove().with_context(|| format!("removing {}", path.display()))
     }
 
+    /// Removes files in a directory below the base, but those whose paths from there are kept, and directories that are empty then.
+    pub(crate) fn sweep(&self, directory: &Path, kept: impl Fn(&str) -> bool) -> Result<Swept> {
+        let mut swept = Swept::default();
+        if directory.exists() {
+            self.sweep_into(directory, &kept, &mut swept)?;
+        }
+        Ok(swept)
+    }
+
+    fn sweep_into(
+        &self,
+        directory: &Path,
+        kept: &dyn Fn(&str) -> bool,
+        swept: &mut Swept,
+    ) -> Result<()> {
+        let reading = || format!("reading {}", directory.display());
+        let mut entries = Vec::new();
+        for entry in fs::read_dir(directory).with_context(reading)? {
+            entries.push(entry.with_context(reading)?.path());
+        }
+        // The superblock of a delta first: without one, what is left of it is not taken for a delta.
+        entries.sort_by_key(|path| !path.ends_with("superblock"));
+        for path in entries {
+            let meta = fs::symlink_metadata(&path).with_context(reading)?;
+            let below = path.strip_prefix(&self.base).unwrap_or(&path).to_str();
+            if meta.is_dir() {
+                self.sweep_into(&path, kept, swept)?;
+            } else if !below.is_some_and(kept) {
+                self.remove(&path)?;
+                swept.files += 1;
+                swept.bytes += meta.len();
+            }
+        }
+        let mut left = fs::read_dir(directory).with_context(reading)?;
+        if left.next().is_none() {
+            fs::remove_dir(directory)
+                .with_context(|| format!("removing {}", directory.display()))?;
+        }
+        Ok(())
+    }
+
     /// Removes what a cut has left half written.
     pub(crate) fn clear_parts(&self) -> Result<()> {
         fn clear(directory: &Path) -> io::Result<()> {
@@ -241,6 +282,20 @@ impl Writer {
             Ok(())
         }
         clear(&self.base).with_context(|| format!("clearing {}", self.base.display()))
+    }
+}
+
+/// What was removed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Swept {
+    pub files: usize,
+    pub bytes: u64,
+}
+
+impl std::ops::AddAssign for Swept {
+    fn add_assign(&mut self, other: Self) {
+        self.files += other.files;
+        self.bytes += other.bytes;
     }
 }
 

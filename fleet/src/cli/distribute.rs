@@ -1,4 +1,4 @@
-//! The words of what is done with a publication: `bundle`, `fsck`.
+//! The words of what is done with a publication: `push`, `bundle`, `fsck`.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,9 +13,66 @@ use super::say;
 use crate::bundle::{self, Request, Summary};
 use crate::directory::Fleet;
 use crate::fsck::{self, Report};
+use crate::push::{self, Destination, Options, Service};
 
 /// How many unreferenced files are named to people.
 const NAMED: usize = 10;
+
+/// Copy what is published to where devices ask for it.
+///
+/// The destination is a directory, USER@HOST:PATH or rsync://HOST/MODULE (by rsync, which must be installed), or s3://BUCKET/PREFIX in a
+/// store with Amazon's interface. Content goes first and timestamp.json last, so a device finds the former publication or this one at
+/// every moment; what is there already is not sent again, so the same command completes what was interrupted. Run it after each publish
+/// and refresh.
+///
+/// A store's keys come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_ENDPOINT. On
+/// Amazon's own machines they come from the machine's role.
+///
+/// Example: offshoot-fleet push deploy@web.example.com:/srv/www/updates
+#[derive(Args)]
+pub(super) struct PushArguments {
+    /// Where to.
+    destination: Destination,
+    /// Then remove there what no device asks for any more, after `prune` has removed it here. Only in metadata, targets, deltas and
+    /// objects.
+    #[arg(long)]
+    delete: bool,
+    /// What rsync runs to reach the host, such as "ssh -p 2222".
+    #[arg(long, value_name = "COMMAND")]
+    rsh: Option<String>,
+    /// The address of the store, if it is not Amazon's.
+    #[arg(long, value_name = "URL")]
+    endpoint: Option<String>,
+    /// The region of the bucket.
+    #[arg(long)]
+    region: Option<String>,
+}
+
+pub(super) fn push(directory: &Path, arguments: &PushArguments, json: bool) -> Result<()> {
+    let options = Options {
+        delete: arguments.delete,
+        rsh: arguments.rsh.clone(),
+        service: Service {
+            endpoint: arguments.endpoint.clone(),
+            region: arguments.region.clone(),
+        },
+    };
+    let fleet = Fleet::open(directory)?;
+    let summary = push::push(&fleet, &arguments.destination, &options)?;
+    say(json, &summary, || {
+        let push::Summary {
+            files,
+            sent,
+            bytes,
+            removed,
+        } = summary;
+        let removed = match removed {
+            0 => String::new(),
+            removed => format!(", {removed} removed"),
+        };
+        format!("{files} files are there: {sent} sent, {bytes} bytes{removed}")
+    })
+}
 
 /// Write a directory that takes the newest release to devices without a network.
 ///

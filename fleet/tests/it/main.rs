@@ -14,5 +14,6 @@ mod device;
 mod image;
 mod objects;
 mod publish;
+mod push;
 mod python_tuf;
 mod serve;
