@@ -302,40 +302,59 @@ impl Watchdog {
 
     /// Takes it from the service manager and does not feed it. Returns only if it does not fire.
     fn starve(&self) -> Result<String> {
-        let feed_every = |microseconds: u64| {
-            Command::new("busctl")
-                .args(["set-property", "org.freedesktop.systemd1"])
-                .args([
-                    "/org/freedesktop/systemd1",
-                    "org.freedesktop.systemd1.Manager",
-                ])
-                .args(["RuntimeWatchdogUSec", "t", &microseconds.to_string()])
-                .status()
-                .context("starting busctl")
-        };
-        let stopped = feed_every(0)?;
-        ensure!(
-            stopped.success(),
-            "the service manager does not give the watchdog up"
-        );
+        give_up_feeding()?;
+        let waited = self.wait_unfed();
+        // It did not fire. Leave it as it was.
+        feed_again()?;
+        anyhow::bail!(
+            "nobody fed {} for {} s and it did not reset the unit: a system that hangs would hang for ever",
+            self.identity,
+            waited?.as_secs()
+        )
+    }
+
+    fn wait_unfed(&self) -> Result<Duration> {
+        let long_enough = self.timeout + WATCHDOG_MARGIN;
         let mut device = fs::File::options()
             .write(true)
             .open(&self.device)
             .with_context(|| format!("opening {}", self.device.display()))?;
         rustix::fs::sync();
         device.write_all(b"1").context("starting the watchdog")?;
-        std::thread::sleep(self.timeout + WATCHDOG_MARGIN);
-        // It did not fire. Leave it as it was.
+        std::thread::sleep(long_enough);
         device.write_all(b"V").context("stopping the watchdog")?;
-        drop(device);
-        let half = u64::try_from(self.timeout.as_micros()).unwrap_or(u64::MAX);
-        feed_every(half)?;
-        anyhow::bail!(
-            "nobody fed {} for {} s and it did not reset the unit: a system that hangs would hang for ever",
-            self.identity,
-            (self.timeout + WATCHDOG_MARGIN).as_secs()
-        )
+        Ok(long_enough)
     }
+}
+
+/// Says to the service manager that there is no watchdog to feed. In `/run`, so that a power cut leaves nothing of it, and through a
+/// file, because a small system has no message bus.
+const UNFED: &str = "/run/systemd/system.conf.d/zz-offshoot-selftest.conf";
+
+fn give_up_feeding() -> Result<()> {
+    let path = Path::new(UNFED);
+    let directory = path.parent().context("it is in a directory")?;
+    fs::create_dir_all(directory)
+        .and_then(|()| fs::write(path, "[Manager]\nRuntimeWatchdogSec=0\n"))
+        .with_context(|| format!("writing {UNFED}"))?;
+    reload_service_manager()
+}
+
+fn feed_again() -> Result<()> {
+    remove(Path::new(UNFED))?;
+    reload_service_manager()
+}
+
+fn reload_service_manager() -> Result<()> {
+    let reloaded = Command::new("systemctl")
+        .arg("daemon-reload")
+        .status()
+        .context("starting systemctl")?;
+    ensure!(
+        reloaded.success(),
+        "the service manager does not read its configuration again: systemctl daemon-reload, {reloaded}"
+    );
+    Ok(())
 }
 
 fn read<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Option<T>> {
