@@ -239,13 +239,8 @@ impl Device {
             Step::Reject { target, reason } => {
                 self.change(|record| {
                     record.phase = Phase::Idle;
-                    record.rejections.insert(
-                        *target,
-                        Rejection {
-                            reason: reason.clone(),
-                            at: now.as_second(),
-                        },
-                    );
+                    let (reason, at) = (reason.clone(), now.as_second());
+                    record.reject(*target, Rejection { reason, at });
                 })?;
                 self.spool.retain(None)?;
             }

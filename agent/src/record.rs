@@ -92,6 +92,26 @@ pub struct Hold {
     pub reason: String,
 }
 
+/// Rejections that are kept, of a device that is offered bad releases for years. Only the newest release is ever offered.
+const REJECTIONS: usize = 64;
+
+impl Record {
+    /// Remembers that `commit` is not tried again, and forgets the oldest rejection if there are too many.
+    pub fn reject(&mut self, commit: Commit, rejection: Rejection) {
+        self.rejections.insert(commit, rejection);
+        if self.rejections.len() > REJECTIONS {
+            let others = self
+                .rejections
+                .iter()
+                .filter(|(other, _)| **other != commit);
+            let oldest = others.min_by_key(|(_, rejection)| rejection.at);
+            if let Some(oldest) = oldest.map(|(commit, _)| *commit) {
+                self.rejections.remove(&oldest);
+            }
+        }
+    }
+}
+
 /// The record's place on disk, and the generation that was read from it.
 #[derive(Debug)]
 pub struct Store {
@@ -244,6 +264,21 @@ fn digest(generation: u64, json: &[u8]) -> Sha256 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn the_oldest_rejection_makes_room_and_never_the_new_one() {
+        let commit = |n: usize| Commit(Sha256::of(&n.to_be_bytes()));
+        let mut record = Record::default();
+        for n in 0..REJECTIONS + 2 {
+            // A clock that was set back: the last one has the least time.
+            let at = if n == REJECTIONS + 1 { -1 } else { n as i64 };
+            let reason = Reason::Unconfirmed;
+            record.reject(commit(n), Rejection { reason, at });
+        }
+        let expected = (2..REJECTIONS + 2).map(commit).collect();
+        let kept: std::collections::BTreeSet<_> = record.rejections.into_keys().collect();
+        assert_eq!(kept, expected);
+    }
 
     fn record(n: u8) -> Record {
         let commit = Commit(Sha256::of(&[n]));

@@ -310,7 +310,7 @@ impl World {
             }
             Step::Reject { target, reason } => {
                 world.record.phase = Phase::Idle;
-                world.record.rejections.insert(
+                world.record.reject(
                     *target,
                     Rejection {
                         reason: reason.clone(),
@@ -653,6 +653,61 @@ fn rows_for_what_only_others_can_leave_behind() {
         way: 0,
     };
     assert_eq!(decide(&world.record, &facts(&world)), Step::Abandon);
+
+    // A newer release, or none, instead of the one that is being fetched.
+    world.record.hold = None;
+    for offer in [Some(commit(7)), None] {
+        let facts = Facts {
+            offer,
+            ..facts(&world)
+        };
+        assert_eq!(decide(&world.record, &facts), Step::Abandon);
+    }
+
+    // The default cannot be loaded, and nothing is on trial: it would be the first that every boot tries.
+    world = start(0);
+    world.deployed = vec![commit(7), from];
+    let unloadable = Facts {
+        mark: Mark::Fallback(Fallback::Unloadable),
+        ..facts(&world)
+    };
+    assert_eq!(
+        decide(&world.record, &unloadable),
+        Step::Reject {
+            target: commit(7),
+            reason: Reason::Unloadable,
+        }
+    );
+
+    // Somebody boots a third deployment in the middle of a trial.
+    world.record.phase = Phase::Trial {
+        from,
+        target,
+        attempts: 1,
+    };
+    world.running = Some(Running {
+        booted: commit(7),
+        mark: Mark::Normal,
+        settled: true,
+    });
+    for (deployed, environment, step) in [
+        (
+            vec![target, commit(7), from],
+            armed(0),
+            Step::Undeploy { commit: target },
+        ),
+        (
+            vec![target, commit(7), from],
+            disarmed(),
+            Step::Undeploy { commit: target },
+        ),
+        (vec![commit(7), from], armed(0), Step::Settle),
+        (vec![commit(7), from], disarmed(), Step::Abandon),
+    ] {
+        world.deployed = deployed;
+        world.environment = environment;
+        assert_eq!(decide(&world.record, &facts(&world)), step);
+    }
 }
 
 #[test]
