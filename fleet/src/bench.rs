@@ -9,6 +9,7 @@ use jiff::Timestamp as Time;
 
 use crate::device::{Device, checked};
 use crate::directory::Fleet;
+use crate::keys::passphrase::Passphrases;
 use crate::publish::{Request, publish};
 use crate::{compose, init};
 
@@ -30,14 +31,12 @@ impl Bench {
         };
         let directory = bench.path("fleet");
         let (channel, hardware) = ("stable".parse().unwrap(), HARDWARE.parse().unwrap());
-        init::init(
-            &directory,
-            &[channel],
-            &[hardware],
-            (keys, threshold),
-            now(0),
-        )
-        .unwrap();
+        let keys = init::NewKeys {
+            root: (keys, threshold),
+            encrypt: false,
+            passphrases: Passphrases::default(),
+        };
+        init::init(&directory, &[channel], &[hardware], keys, now(0)).unwrap();
         for version in ["1.0.0", "1.1.0"] {
             let tree = bench.path(version);
             for (path, text) in [

@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
+use crate::keys::passphrase::Passphrases;
 use crate::{compose, init, objects, prune, publish, refresh, rotate, serve, status};
 
 const NAME: &str = "offshoot-fleet";
@@ -42,8 +43,21 @@ pub(crate) struct Arguments {
     /// Answer in JSON.
     #[arg(long, global = true)]
     json: bool,
+    /// A file with the passphrase of the keys; else it is in OFFSHOOT_FLEET_PASSPHRASE, or asked for on the terminal.
+    #[arg(long, global = true, value_name = "FILE")]
+    passphrase_file: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
+}
+
+impl Arguments {
+    fn passphrases(&self) -> Passphrases {
+        Passphrases::from(self.passphrase_file.clone())
+    }
+
+    fn open(&self) -> Result<Fleet> {
+        Ok(Fleet::open(&self.fleet)?.with_passphrases(self.passphrases()))
+    }
 }
 
 #[derive(Subcommand)]
@@ -52,6 +66,9 @@ enum Verb {
     /// Add a channel.
     #[command(subcommand)]
     Channel(ChannelVerb),
+    /// Look after the files of keys.
+    #[command(subcommand)]
+    Key(KeyVerb),
     Compose(ComposeArguments),
     Publish(PublishArguments),
     Image(Box<image::ImageArguments>),
@@ -133,6 +150,9 @@ struct InitArguments {
     /// How many of them it takes to sign a root.
     #[arg(long, default_value_t = 1)]
     root_threshold: u32,
+    /// Give the keys of root, targets and channels a passphrase. Those of timestamp and snapshot have none: a timer signs with them.
+    #[arg(long)]
+    encrypt: bool,
 }
 
 #[derive(Subcommand)]
@@ -141,6 +161,18 @@ enum ChannelVerb {
     Add {
         /// Its name.
         name: RoleName,
+    },
+}
+
+#[derive(Subcommand)]
+enum KeyVerb {
+    /// Give a key a passphrase.
+    ///
+    /// The file is PKCS#8, encrypted with AES-256 and a key from scrypt, as `openssl pkey` reads it. Copies that were made before are not
+    /// encrypted.
+    Encrypt {
+        /// The name of a file in `keys`, without .pem.
+        name: String,
     },
 }
 
@@ -248,14 +280,25 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let now = now()?;
     match &arguments.verb {
         Verb::Init(options) => {
-            let keys = (options.root_keys, options.root_threshold);
+            let keys = init::NewKeys {
+                root: (options.root_keys, options.root_threshold),
+                encrypt: options.encrypt,
+                passphrases: arguments.passphrases(),
+            };
             let summary = init::init(directory, &options.channels, &options.hardware, keys, now)?;
             say(json, &summary, || initiated(&summary))
         }
         Verb::Channel(ChannelVerb::Add { name }) => {
-            init::add_channel(&Fleet::open(directory)?, name, now)?;
+            init::add_channel(&arguments.open()?, name, now)?;
             say(json, &json!({"channel": name}), || {
                 format!("channel {name} is published, without releases")
+            })
+        }
+        Verb::Key(KeyVerb::Encrypt { name }) => {
+            let done = arguments.open()?.keys().encrypt(name)?;
+            say(json, &json!({"key": name, "changed": done}), || {
+                let already = if done { "" } else { " already" };
+                format!("{name} has a passphrase{already}")
             })
         }
         Verb::Compose(options) => composing(directory, options, json),
@@ -270,18 +313,18 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 objects: options.no_objects.then_some(false),
                 again: options.again,
             };
-            let summary = publish::publish(&Fleet::open(directory)?, &request, now)?;
+            let summary = publish::publish(&arguments.open()?, &request, now)?;
             warn(&summary.warnings);
             say(json, &summary, || published(&summary))
         }
         Verb::Image(options) => image::run(directory, options, json),
         Verb::Refresh { force } => {
-            let summary = refresh::refresh(&Fleet::open(directory)?, *force, now)?;
+            let summary = refresh::refresh(&arguments.open()?, *force, now)?;
             warn(&summary.warnings);
             say(json, &summary, || refreshed(&summary))
         }
         Verb::Rotate { role, key } => {
-            let summary = rotate::rotate(&Fleet::open(directory)?, role, key.as_deref(), now)?;
+            let summary = rotate::rotate(&arguments.open()?, role, key.as_deref(), now)?;
             say(json, &summary, || {
                 let rotate::Summary {
                     role,
@@ -296,12 +339,12 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             })
         }
         Verb::Prune { keep } => {
-            let summary = prune::prune(&Fleet::open(directory)?, *keep, now)?;
+            let summary = prune::prune(&arguments.open()?, *keep, now)?;
             warn(&summary.warnings);
             say(json, &summary, || pruned(&summary))
         }
         Verb::Status { check } => {
-            let status = status::status(&Fleet::open(directory)?, now)?;
+            let status = status::status(&arguments.open()?, now)?;
             say(json, &status, || status.to_string().trim_end().to_owned())?;
             if *check && !status.warnings.is_empty() {
                 return Ok(ExitCode::from(4));
@@ -324,7 +367,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 names: options.names.clone(),
                 log: options.log.clone(),
             };
-            serve::serve(&Fleet::open(directory)?, &serving, |ready| {
+            serve::serve(&arguments.open()?, &serving, |ready| {
                 let url = ready["url"].as_str().unwrap_or_default();
                 let text = || match ready["ca"].as_str() {
                     Some(ca) => format!("serving {url} to devices that trust {ca}"),

@@ -24,6 +24,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::keys::Keys;
+use crate::keys::passphrase::Passphrases;
 
 pub(crate) const SETTINGS: &str = "fleet.toml";
 
@@ -34,6 +35,8 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Fleet {
     pub directory: PathBuf,
     pub settings: Settings,
+    /// What opens its keys.
+    pub passphrases: Passphrases,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -135,11 +138,19 @@ impl Fleet {
         Ok(Self {
             directory: directory.to_owned(),
             settings,
+            passphrases: Passphrases::default(),
         })
     }
 
+    pub(crate) fn with_passphrases(self, passphrases: Passphrases) -> Self {
+        Self {
+            passphrases,
+            ..self
+        }
+    }
+
     pub(crate) fn keys(&self) -> Keys {
-        Keys::new(self.directory.join("keys"))
+        Keys::new(self.directory.join("keys"), self.passphrases.clone())
     }
 
     pub(crate) fn repo(&self) -> PathBuf {

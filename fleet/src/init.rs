@@ -18,7 +18,8 @@ use ostree::{Repo, RepoMode};
 use serde::Serialize;
 
 use crate::directory::{Fleet, Lifetimes, SETTINGS, Settings, chain, deltas, objects};
-use crate::keys::{self, Signer};
+use crate::keys::passphrase::Passphrases;
+use crate::keys::{self, Kept, Signer};
 use crate::publication::{Draft, Publication};
 use crate::writer::{Writer, make_directory};
 
@@ -32,13 +33,28 @@ pub(crate) struct Summary {
     pub root_threshold: u64,
 }
 
+/// How the keys are made.
+#[derive(Clone, Debug)]
+pub(crate) struct NewKeys {
+    /// How many root keys, and how many of them sign a root.
+    pub root: (u32, u32),
+    /// Those of root, targets and channels are encrypted. Timestamp and snapshot are signed by a timer, which has no passphrase.
+    pub encrypt: bool,
+    pub passphrases: Passphrases,
+}
+
 pub(crate) fn init(
     directory: &Path,
     channels: &[RoleName],
     hardware: &[HardwareId],
-    (root_keys, root_threshold): (u32, u32),
+    new_keys: NewKeys,
     now: Time,
 ) -> Result<Summary> {
+    let NewKeys {
+        root: (root_keys, root_threshold),
+        encrypt,
+        passphrases,
+    } = new_keys;
     ensure!(
         (1..=root_keys).contains(&root_threshold),
         "--root-threshold {root_threshold} with --root-keys {root_keys}: the threshold is 1 to the number of keys"
@@ -70,6 +86,7 @@ pub(crate) fn init(
             objects: objects(),
             lifetimes: Lifetimes::default(),
         },
+        passphrases,
     };
     let _lock = fleet.lock()?;
     let keys_directory = directory.join("keys");
@@ -77,6 +94,7 @@ pub(crate) fn init(
         .and_then(|()| fs::set_permissions(&keys_directory, Permissions::from_mode(0o700)))
         .with_context(|| format!("making {}", keys_directory.display()))?;
     let keys = fleet.keys();
+    let kept = if encrypt { Kept::Encrypted } else { Kept::File };
     let mut root = Root {
         spec_version: SPEC_VERSION.to_owned(),
         version: Version::FIRST,
@@ -86,11 +104,15 @@ pub(crate) fn init(
         roles: BTreeMap::new(),
     };
     let signers = (1..=root_keys)
-        .map(|number| keys.generate(&format!("root-{number}")))
+        .map(|number| keys.generate(&format!("root-{number}"), kept))
         .collect::<Result<Vec<_>>>()?;
     assign(&mut root, "root", &signers, root_threshold.into());
-    for role in ["timestamp", "snapshot", "targets"] {
-        assign(&mut root, role, &[keys.generate(role)?], 1);
+    for (role, kept) in [
+        ("timestamp", Kept::File),
+        ("snapshot", Kept::File),
+        ("targets", kept),
+    ] {
+        assign(&mut root, role, &[keys.generate(role, kept)?], 1);
     }
     let mut targets = Targets {
         spec_version: SPEC_VERSION.to_owned(),
@@ -103,7 +125,7 @@ pub(crate) fn init(
         delegate(
             &mut targets,
             channel,
-            &keys.generate(&keys::of_channel(channel))?,
+            &keys.generate(&keys::of_channel(channel), kept)?,
         );
     }
     let repo = Repo::new(&gio::File::for_path(fleet.repo()));
@@ -138,7 +160,7 @@ pub(crate) fn add_channel(fleet: &Fleet, name: &RoleName, now: Time) -> Result<(
     let stem = keys::of_channel(name);
     let signer = match keys.only(&stem)? {
         Some(signer) => signer,
-        None => keys.generate(&stem)?,
+        None => keys.generate(&stem, keys.kept_like("targets")?)?,
     };
     let mut draft = former.draft();
     delegate(&mut draft.targets, name, &signer);

@@ -1,4 +1,4 @@
-//! The private keys: ed25519, PKCS#8 in PEM, one file each, named by role.
+//! The keys that sign, one file each, named by role.
 //!
 //! | role | files |
 //! |---|---|
@@ -6,34 +6,55 @@
 //! | `timestamp`, `snapshot`, `targets` | `timestamp.pem` …; after a rotation `timestamp-2.pem` … |
 //! | a channel | `channel-<name>.pem`, `channel-<name>-2.pem` … |
 //!
+//! A `.pem` is an ed25519 private key, as it is or encrypted. What is made here is ed25519.
+//!
 //! A name only says where to look: which key signs for a role is what the role's delegator says. A key that is kept elsewhere is one
-//! that this machine cannot sign with, and is said so when its signature is needed.
+//! that this machine cannot sign with, and is said so when its signature is needed. What a key signs for is known without its passphrase.
+
+mod file;
+pub(crate) mod passphrase;
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, anyhow, ensure};
-use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
-use ed25519_dalek::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _, KeypairBytes};
+use anyhow::{Context as _, Result, ensure};
 use ed25519_dalek::{Signer as _, SigningKey};
 use offshoot::trust::schema::{Envelope, Key, RoleKeys, RoleName, Signature};
 use serde::Serialize;
+
+pub(crate) use file::write_secret;
+use passphrase::Passphrases;
 
 /// The directory of keys.
 #[derive(Debug)]
 pub(crate) struct Keys {
     directory: PathBuf,
+    passphrases: Passphrases,
 }
 
 pub(crate) struct Signer {
-    secret: SigningKey,
+    secret: Secret,
     pub key: Key,
     pub keyid: String,
-    /// Its file, without the directory and `.pem`.
+    /// Its file, without the directory and its extension.
     pub name: String,
+}
+
+enum Secret {
+    Plain(SigningKey),
+    Encrypted {
+        path: PathBuf,
+        passphrases: Passphrases,
+    },
+}
+
+/// How a key is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Kept {
+    File,
+    Encrypted,
 }
 
 /// The stem of a channel's key file.
@@ -42,37 +63,38 @@ pub(crate) fn of_channel(channel: &RoleName) -> String {
 }
 
 impl Keys {
-    pub(crate) fn new(directory: PathBuf) -> Self {
-        Self { directory }
+    pub(crate) fn new(directory: PathBuf, passphrases: Passphrases) -> Self {
+        Self {
+            directory,
+            passphrases,
+        }
     }
 
     /// Makes a key and keeps it; never over another one.
-    pub(crate) fn generate(&self, stem: &str) -> Result<Signer> {
-        let mut seed = [0; 32];
-        let mut filled = 0;
-        while filled < seed.len() {
-            filled +=
-                rustix::rand::getrandom(&mut seed[filled..], rustix::rand::GetRandomFlags::empty())
-                    .context("asking the kernel for random bytes")?;
-        }
-        let signer = Signer::new(SigningKey::from_bytes(&seed), stem)?;
-        // The first version of the format, without the public half: every tool reads it.
-        let pair = KeypairBytes {
-            secret_key: seed,
-            public_key: None,
+    pub(crate) fn generate(&self, stem: &str, kept: Kept) -> Result<Signer> {
+        let path = self.path(stem);
+        ensure!(
+            !path.exists(),
+            "{} exists, and no key is overwritten: move it away",
+            path.display()
+        );
+        let secret = file::make()?;
+        let passphrase = match kept {
+            Kept::File => None,
+            // Asked for once, of all that are made in one run.
+            Kept::Encrypted => Some(self.passphrases.of_new("the new keys")?),
         };
-        let pem = pair
-            .to_pkcs8_pem(LineEnding::LF)
-            .map_err(|error| anyhow!("writing a key as PKCS#8: {error}"))?;
-        write_secret(&self.path(stem), pem.as_bytes())?;
-        Ok(signer)
+        let passphrase = passphrase.as_deref().map(String::as_str);
+        write_secret(&path, file::text(&secret, passphrase)?.as_bytes())?;
+        Signer::new(Secret::Plain(secret), stem)
     }
 
     /// Makes a key under the next number that is free.
-    pub(crate) fn generate_next(&self, stem: &str) -> Result<Signer> {
+    pub(crate) fn generate_next(&self, stem: &str, kept: Kept) -> Result<Signer> {
         let mut names = (2u32..).map(|number| format!("{stem}-{number}"));
         let free = names.find(|name| !self.path(name).exists());
-        self.generate(&free.with_context(|| format!("no number is free for a key of {stem}"))?)
+        let free = free.with_context(|| format!("no number is free for a key of {stem}"))?;
+        self.generate(&free, kept)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -83,7 +105,7 @@ impl Keys {
     pub(crate) fn of(&self, stem: &str, role: &RoleKeys) -> Result<Vec<Signer>> {
         let mut signers = Vec::new();
         for path in self.files(stem)? {
-            let signer = load(&path)?;
+            let signer = self.load(&path)?;
             // A copy under another number is not a second signature.
             let copied = signers
                 .iter()
@@ -98,7 +120,28 @@ impl Keys {
     /// The key in the file of this name, if there is one.
     pub(crate) fn only(&self, stem: &str) -> Result<Option<Signer>> {
         let path = self.path(stem);
-        path.exists().then(|| load(&path)).transpose()
+        path.exists().then(|| self.load(&path)).transpose()
+    }
+
+    /// How a key that joins those of a role is kept: as they are.
+    pub(crate) fn kept_like(&self, stem: &str) -> Result<Kept> {
+        for path in self.files(stem)? {
+            if self.load(&path)?.kept() == Kept::Encrypted {
+                return Ok(Kept::Encrypted);
+            }
+        }
+        Ok(Kept::File)
+    }
+
+    /// Encrypts the key in a file that is not; false if it was.
+    pub(crate) fn encrypt(&self, name: &str) -> Result<bool> {
+        let path = self.path(name);
+        let file::Content::Plain(secret) = file::read(&path, &self.passphrases)? else {
+            return Ok(false);
+        };
+        let passphrase = self.passphrases.of_new(&path.display().to_string())?;
+        file::replace_secret(&path, file::text(&secret, Some(&passphrase))?.as_bytes())?;
+        Ok(true)
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -123,18 +166,76 @@ impl Keys {
         }
         Ok(files)
     }
+
+    fn load(&self, path: &Path) -> Result<Signer> {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        match file::read(path, &self.passphrases)? {
+            file::Content::Plain(secret) => Signer::new(Secret::Plain(secret), &name),
+            file::Content::Encrypted(key) => {
+                let secret = Secret::Encrypted {
+                    path: path.to_owned(),
+                    passphrases: self.passphrases.clone(),
+                };
+                Signer::with_key(secret, key, &name)
+            }
+        }
+    }
 }
 
 impl Signer {
-    fn new(secret: SigningKey, name: &str) -> Result<Self> {
-        let key = Key::ed25519(&secret.verifying_key().to_bytes());
-        let keyid = key.keyid()?;
-        let name = name.to_owned();
+    fn new(secret: Secret, name: &str) -> Result<Self> {
+        let key = match &secret {
+            Secret::Plain(secret) => Key::ed25519(&secret.verifying_key().to_bytes()),
+            Secret::Encrypted { path, passphrases } => {
+                let secret = file::open(path, passphrases)?;
+                Key::ed25519(&secret.verifying_key().to_bytes())
+            }
+        };
+        Self::with_key(secret, key, name)
+    }
+
+    fn with_key(secret: Secret, key: Key, name: &str) -> Result<Self> {
         Ok(Self {
             secret,
+            keyid: key.keyid()?,
             key,
-            keyid,
-            name,
+            name: name.to_owned(),
+        })
+    }
+
+    pub(crate) const fn kept(&self) -> Kept {
+        match self.secret {
+            Secret::Plain(_) => Kept::File,
+            Secret::Encrypted { .. } => Kept::Encrypted,
+        }
+    }
+
+    /// Whether it can sign without somebody who is not there.
+    pub(crate) fn is_ready(&self) -> bool {
+        match &self.secret {
+            Secret::Plain(_) => true,
+            Secret::Encrypted { passphrases, .. } => passphrases.are_at_hand(),
+        }
+    }
+
+    pub(crate) fn sign(&self, bytes: &[u8]) -> Result<Signature> {
+        let opened;
+        let secret = match &self.secret {
+            Secret::Plain(secret) => secret,
+            Secret::Encrypted { path, passphrases } => {
+                opened = file::open(path, passphrases)?;
+                let key = Key::ed25519(&opened.verifying_key().to_bytes());
+                ensure!(
+                    key == self.key,
+                    "{} is not the key that it says it is: put back the one that was made",
+                    path.display()
+                );
+                &opened
+            }
+        };
+        Ok(Signature {
+            keyid: self.keyid.clone(),
+            sig: hex(&secret.sign(bytes).to_bytes()),
         })
     }
 }
@@ -144,53 +245,19 @@ pub(crate) fn sign(document: &impl Serialize, signers: &[Signer]) -> Result<Vec<
     let mut envelope = Envelope::unsigned(document)?;
     let bytes = envelope.sign_bytes()?;
     for signer in signers {
-        let signature = signer.secret.sign(&bytes).to_bytes();
-        envelope.signatures.push(Signature {
-            keyid: signer.keyid.clone(),
-            sig: signature.iter().map(|byte| format!("{byte:02x}")).collect(),
-        });
+        envelope.signatures.push(signer.sign(&bytes)?);
     }
     Ok(envelope.to_bytes()?)
 }
 
-/// Never over a file that exists, never half, and never readable by others, not even while it is written.
-pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || -> std::io::Result<()> {
-        let (Some(directory), part) = (path.parent(), path.with_extension("part")) else {
-            return Err(std::io::ErrorKind::InvalidInput.into());
-        };
-        if part.exists() {
-            fs::remove_file(&part)?;
-        }
-        let mut options = OpenOptions::new();
-        let mut file = options
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&part)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        // Unlike a rename, this fails if there is a file.
-        fs::hard_link(&part, path)?;
-        fs::remove_file(&part)?;
-        File::open(directory)?.sync_all()
-    };
-    write().with_context(|| format!("writing {}", path.display()))
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn load(path: &Path) -> Result<Signer> {
-    let pem = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    ensure!(
-        !pem.contains("ENCRYPTED"),
-        "{} is encrypted: decrypt it for the time of signing (openssl pkey -in … -out …)",
-        path.display()
-    );
-    let secret = SigningKey::from_pkcs8_pem(&pem).map_err(|error| {
-        anyhow!(
-            "{} is not an ed25519 key in PKCS#8 PEM: {error}; put back the one that init made",
-            path.display()
-        )
-    })?;
-    let name = path.file_stem().unwrap_or_default().to_string_lossy();
-    Signer::new(secret, &name)
+fn from_hex(text: &str) -> Option<Vec<u8>> {
+    let digits = text.as_bytes().chunks(2);
+    let byte = |pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    text.bytes()
+        .all(|byte| byte.is_ascii_hexdigit())
+        .then(|| digits.map(byte).collect())?
 }

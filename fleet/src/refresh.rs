@@ -85,12 +85,14 @@ pub(crate) fn renew(
             continue;
         }
         let (stem, signers) = (stem(&role)?, former.signers(&role)?);
-        if keys.of(&stem, signers)?.len() as u64 >= signers.threshold {
+        let held = keys.of(&stem, signers)?;
+        let ready = held.iter().filter(|signer| signer.is_ready()).count();
+        if ready as u64 >= signers.threshold {
             draft.change(&role);
             changed = true;
         } else {
             warnings.push(format!(
-                "{role} expires at {expires}, and its keys are not here: run `offshoot-fleet refresh` where {stem}.pem is"
+                "{role} expires at {expires}, and its keys are not here, or have a passphrase that was not given: run `offshoot-fleet refresh` where {stem}.pem is, with --passphrase-file"
             ));
         }
     }

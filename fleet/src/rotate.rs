@@ -70,7 +70,10 @@ fn rotate_with(
         former.signers("root")?.threshold,
         fleet.keys().directory().display()
     );
-    let signer = fleet.keys().generate_next(&stem(role)?)?;
+    let stem = stem(role)?;
+    let signer = fleet
+        .keys()
+        .generate_next(&stem, fleet.keys().kept_like(&stem)?)?;
     let mut draft = former.draft();
     if by_root {
         draft.change("root");

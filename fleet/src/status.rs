@@ -14,9 +14,10 @@ use offshoot::trust::schema::{HardwareId, ReleaseVersion, RoleName, Version, tim
 use serde::Serialize;
 
 use crate::directory::Fleet;
+use crate::keys::{self, Kept, Signer};
 use crate::publication::{Publication, Release, releases, stem};
 use crate::publish::{self, DeltaSummary};
-use crate::{content, keys, objects};
+use crate::{content, objects};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Status {
@@ -43,6 +44,7 @@ pub(crate) struct RoleKey {
     pub keyid: String,
     /// The name of its file in `keys`, if it is here.
     pub file: Option<String>,
+    pub kept: Option<Kept>,
 }
 
 /// Newest first.
@@ -85,12 +87,13 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
     for (role, version, expires) in publication.roles() {
         let (stem, signers) = (stem(&role)?, publication.signers(&role)?);
         let held = fleet.keys().of(&stem, signers)?;
-        let keys = signers.keyids.iter().map(|keyid| RoleKey {
-            keyid: keyid.clone(),
-            file: held
-                .iter()
-                .find(|signer| signer.keyid == *keyid)
-                .map(|signer| signer.name.clone()),
+        let keys = signers.keyids.iter().map(|keyid| {
+            let here = held.iter().find(|signer| signer.keyid == *keyid);
+            RoleKey {
+                keyid: keyid.clone(),
+                file: here.map(|signer| signer.name.clone()),
+                kept: here.map(Signer::kept),
+            }
         });
         let late = fleet.settings.lifetimes.of(&role).is_late(expires, now);
         let remedy = if held.len() as u64 >= signers.threshold {

@@ -12,6 +12,7 @@ mod cli;
 mod compose;
 mod device;
 mod image;
+mod keys;
 mod objects;
 mod publish;
 mod push;
