@@ -10,8 +10,9 @@ use jiff::Timestamp as Time;
 use crate::device::{Device, checked};
 use crate::directory::Fleet;
 use crate::keys::passphrase::Passphrases;
+use crate::prepared::Goal;
 use crate::publish::{Request, publish};
-use crate::{compose, init};
+use crate::{compose, init, rotate};
 
 pub(crate) const HARDWARE: &str = "qemu-x86_64";
 
@@ -96,6 +97,18 @@ pub(crate) fn request(version: &str) -> Request {
         full: true,
         objects: None,
         again: false,
+        prepare: false,
+    }
+}
+
+/// A key of a role is replaced by one that is made here.
+pub(crate) fn replacing(role: &str, key: Option<&str>) -> rotate::Request {
+    rotate::Request {
+        role: role.to_owned(),
+        change: rotate::Change::Replace(key.map(str::to_owned)),
+        public: None,
+        threshold: None,
+        goal: Goal::Publish,
     }
 }
 

@@ -283,8 +283,14 @@ mod tests {
         let publication = Publication::read(&fleet).unwrap();
         let first = releases(&channel, publication.channel(&channel).unwrap()).unwrap();
         publish(&fleet, &self::request("1.1.0"), now(2)).unwrap();
-        crate::init::add_channel(&fleet, &"beta".parse().unwrap(), now(3)).unwrap();
-        rotate(&fleet, "timestamp", None, now(4)).unwrap();
+        crate::init::add_channel(
+            &fleet,
+            &"beta".parse().unwrap(),
+            crate::prepared::Goal::Publish,
+            now(3),
+        )
+        .unwrap();
+        rotate(&fleet, &crate::bench::replacing("timestamp", None), now(4)).unwrap();
         (bench, first[0].commit)
     }
 

@@ -2,6 +2,7 @@
 
 mod distribute;
 mod image;
+mod split;
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -17,7 +18,10 @@ use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
 use crate::keys::passphrase::Passphrases;
-use crate::{compose, init, objects, prune, publish, refresh, rotate, serve, status};
+use crate::keys::{Kept, Keys};
+use crate::prepared::Goal;
+use crate::publication::Below;
+use crate::{compose, init, objects, prune, publish, refresh, serve, status};
 
 const NAME: &str = "offshoot-fleet";
 
@@ -27,7 +31,7 @@ const NAME: &str = "offshoot-fleet";
 /// whoever has `keys` decides what the devices run.
 ///
 /// Exit codes: 0 done, 1 failed (the reason is on standard error), 2 usage, 3 another offshoot-fleet is at work in the directory,
-/// 4 `status --check` has warnings, 5 `fsck` found problems.
+/// 4 `status --check` has warnings, 5 `fsck` found problems, 6 too few keys have signed.
 #[derive(Parser)]
 #[command(name = NAME, version, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
@@ -55,6 +59,11 @@ impl Arguments {
         Passphrases::from(self.passphrase_file.clone())
     }
 
+    /// On a machine that may have no other part of a fleet.
+    fn keys(&self) -> Keys {
+        Keys::new(self.fleet.join("keys"), self.passphrases())
+    }
+
     fn open(&self) -> Result<Fleet> {
         Ok(Fleet::open(&self.fleet)?.with_passphrases(self.passphrases()))
     }
@@ -80,21 +89,13 @@ enum Verb {
         /// Sign a new timestamp even if nothing is late.
         #[arg(long)]
         force: bool,
+        /// Prepare what is late and is signed elsewhere, for `sign`; nothing else is done.
+        #[arg(long, conflicts_with = "force")]
+        prepare: bool,
     },
-    /// Replace a key of a role by a new one.
-    ///
-    /// For a key that was lost or may have been read by others. The keys of root, timestamp, snapshot and targets are replaced by a new
-    /// root, which takes the root keys in `keys`; a channel's by new targets. Devices follow by themselves; new images take the new
-    /// root.json. The file of the key that signs no more can be removed then.
-    ///
-    /// Example: offshoot-fleet rotate timestamp
-    Rotate {
-        /// root, timestamp, snapshot, targets, or a channel.
-        role: String,
-        /// Which of the role's keys, by its id or the name of its file, if it has more than one.
-        #[arg(long)]
-        key: Option<String>,
-    },
+    Rotate(split::RotateArguments),
+    Sign(split::SignArguments),
+    Complete(split::CompleteArguments),
     /// Remove former releases, and the files that only they need.
     ///
     /// Devices that run a removed release still update, if a release that stays has a delta from it or from nothing. The OSTree
@@ -103,6 +104,9 @@ enum Verb {
         /// How many releases of each channel and hardware stay.
         #[arg(long)]
         keep: usize,
+        /// Others sign: leave what they sign in `prepared`. Files are removed by the same command after `complete`.
+        #[arg(long)]
+        prepare: bool,
     },
     /// Tell what is published, until when devices believe it, and what to do about it.
     ///
@@ -161,11 +165,31 @@ enum ChannelVerb {
     Add {
         /// Its name.
         name: RoleName,
+        /// Others sign: leave what they sign in `prepared`.
+        #[arg(long)]
+        prepare: bool,
     },
 }
 
 #[derive(Subcommand)]
 enum KeyVerb {
+    /// Make a key on the machine where it is to stay, and print its public half.
+    ///
+    /// The machine needs no other part of a fleet. Take the public half to the operator's directory: `rotate --public FILE` there.
+    ///
+    /// Example: offshoot-fleet --fleet alice key new --encrypt channel-stable > alice.pub
+    New {
+        /// The name of its file in `keys`, without .pem: that of the role (root-1, targets, channel-stable).
+        name: String,
+        /// Give it a passphrase.
+        #[arg(long)]
+        encrypt: bool,
+    },
+    /// Print the public half of a key, in PEM.
+    Public {
+        /// The name of its file in `keys`, without .pem.
+        name: String,
+    },
     /// Give a key a passphrase.
     ///
     /// The file is PKCS#8, encrypted with AES-256 and a key from scrypt, as `openssl pkey` reads it. Copies that were made before are not
@@ -236,6 +260,9 @@ struct PublishArguments {
     /// Make a former release the newest again.
     #[arg(long)]
     again: bool,
+    /// Others sign: write the content, and leave in `prepared` what they `sign`; `complete` publishes it.
+    #[arg(long)]
+    prepare: bool,
 }
 
 /// Serve `public` over HTTPS, for a bench or a small site.
@@ -267,6 +294,8 @@ pub(crate) fn main() -> ExitCode {
             eprintln!("offshoot-fleet: {error:#}");
             if error.is::<Busy>() {
                 ExitCode::from(3)
+            } else if error.is::<Below>() {
+                ExitCode::from(6)
             } else {
                 ExitCode::FAILURE
             }
@@ -288,14 +317,27 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             let summary = init::init(directory, &options.channels, &options.hardware, keys, now)?;
             say(json, &summary, || initiated(&summary))
         }
-        Verb::Channel(ChannelVerb::Add { name }) => {
-            init::add_channel(&arguments.open()?, name, now)?;
-            say(json, &json!({"channel": name}), || {
-                format!("channel {name} is published, without releases")
+        Verb::Channel(ChannelVerb::Add { name, prepare }) => {
+            let goal = Goal::of(*prepare);
+            let prepared = init::add_channel(&arguments.open()?, name, goal, now)?;
+            let answer = json!({"channel": name, "prepared": prepared});
+            say(json, &answer, || {
+                split::or_prepared(&prepared, || {
+                    format!("channel {name} is published, without releases")
+                })
             })
         }
+        Verb::Key(KeyVerb::New { name, encrypt }) => {
+            let kept = if *encrypt {
+                Kept::Encrypted
+            } else {
+                Kept::File
+            };
+            split::public(&arguments.keys().make(name, kept)?, json)
+        }
+        Verb::Key(KeyVerb::Public { name }) => split::public(&arguments.keys().named(name)?, json),
         Verb::Key(KeyVerb::Encrypt { name }) => {
-            let done = arguments.open()?.keys().encrypt(name)?;
+            let done = arguments.keys().encrypt(name)?;
             say(json, &json!({"key": name, "changed": done}), || {
                 let already = if done { "" } else { " already" };
                 format!("{name} has a passphrase{already}")
@@ -312,36 +354,36 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 full: options.full,
                 objects: options.no_objects.then_some(false),
                 again: options.again,
+                prepare: options.prepare,
             };
             let summary = publish::publish(&arguments.open()?, &request, now)?;
             warn(&summary.warnings);
-            say(json, &summary, || published(&summary))
-        }
-        Verb::Image(options) => image::run(directory, options, json),
-        Verb::Refresh { force } => {
-            let summary = refresh::refresh(&arguments.open()?, *force, now)?;
-            warn(&summary.warnings);
-            say(json, &summary, || refreshed(&summary))
-        }
-        Verb::Rotate { role, key } => {
-            let summary = rotate::rotate(&arguments.open()?, role, key.as_deref(), now)?;
             say(json, &summary, || {
-                let rotate::Summary {
-                    role,
-                    key,
-                    keyid,
-                    replaced,
-                } = &summary;
-                format!(
-                    "{role} is signed with {keyid} ({}), no more with {replaced}",
-                    key.display()
-                )
+                split::or_prepared(&summary.prepared, || published(&summary))
             })
         }
-        Verb::Prune { keep } => {
-            let summary = prune::prune(&arguments.open()?, *keep, now)?;
+        Verb::Image(options) => image::run(directory, options, json),
+        Verb::Refresh { force, prepare } => {
+            let fleet = arguments.open()?;
+            let summary = if *prepare {
+                refresh::prepare(&fleet, now)?
+            } else {
+                refresh::refresh(&fleet, *force, now)?
+            };
             warn(&summary.warnings);
-            say(json, &summary, || pruned(&summary))
+            say(json, &summary, || {
+                split::or_prepared(&summary.prepared, || refreshed(&summary.signed))
+            })
+        }
+        Verb::Rotate(options) => split::rotate(&arguments.open()?, options, json, now),
+        Verb::Sign(options) => split::sign(&arguments.keys(), options, json),
+        Verb::Complete(options) => split::complete(&arguments.open()?, options, json, now),
+        Verb::Prune { keep, prepare } => {
+            let summary = prune::prune(&arguments.open()?, *keep, Goal::of(*prepare), now)?;
+            warn(&summary.warnings);
+            say(json, &summary, || {
+                split::or_prepared(&summary.prepared, || pruned(&summary))
+            })
         }
         Verb::Status { check } => {
             let status = status::status(&arguments.open()?, now)?;
@@ -505,11 +547,11 @@ fn published(summary: &publish::Summary) -> String {
     text
 }
 
-fn refreshed(summary: &refresh::Summary) -> String {
-    if summary.signed.is_empty() {
+fn refreshed(signed: &[refresh::SignedRole]) -> String {
+    if signed.is_empty() {
         return "nothing is late".to_owned();
     }
-    let lines = summary.signed.iter().map(|signed| {
+    let lines = signed.iter().map(|signed| {
         format!(
             "{} {} until {}",
             signed.role, signed.version, signed.expires

@@ -345,7 +345,12 @@ mod tests {
     fn two_releases() -> Bench {
         let bench = Bench::new();
         publish(&bench.fleet(), &request("1.1.0"), now(2)).unwrap();
-        rotate(&bench.fleet(), "snapshot", None, now(3)).unwrap();
+        rotate(
+            &bench.fleet(),
+            &crate::bench::replacing("snapshot", None),
+            now(3),
+        )
+        .unwrap();
         bench
     }
 
@@ -364,7 +369,7 @@ mod tests {
             ]
         );
         assert_eq!(report.releases, 2);
-        prune(&fleet, 2, now(5)).unwrap();
+        prune(&fleet, 2, crate::prepared::Goal::Publish, now(5)).unwrap();
         let report = fsck(&fleet, &fleet.public(), now(6)).unwrap();
         assert_eq!(report.unreferenced, Unreferenced::default());
         // Each file is read: all but the metadata.
@@ -384,7 +389,7 @@ mod tests {
     fn every_file_that_is_gone_or_changed_is_found() {
         let bench = two_releases();
         let fleet = bench.fleet();
-        prune(&fleet, 2, now(4)).unwrap();
+        prune(&fleet, 2, crate::prepared::Goal::Publish, now(4)).unwrap();
         let public = fleet.public();
         let former = content::of_metadata(&Publication::read(&fleet).unwrap());
         let published = |path: &str| {

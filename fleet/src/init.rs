@@ -20,6 +20,7 @@ use serde::Serialize;
 use crate::directory::{Fleet, Lifetimes, SETTINGS, Settings, chain, deltas, objects};
 use crate::keys::passphrase::Passphrases;
 use crate::keys::{self, Kept, Signer};
+use crate::prepared::Goal;
 use crate::publication::{Draft, Publication};
 use crate::writer::{Writer, make_directory};
 
@@ -149,25 +150,31 @@ pub(crate) fn init(
 }
 
 /// A channel more, empty. The key is written before it is published: a cut leaves one that nothing names, and that the next try uses.
-pub(crate) fn add_channel(fleet: &Fleet, name: &RoleName, now: Time) -> Result<()> {
+pub(crate) fn add_channel(
+    fleet: &Fleet,
+    name: &RoleName,
+    goal: Goal,
+    now: Time,
+) -> Result<Vec<PathBuf>> {
     let _lock = fleet.lock()?;
     let former = Publication::read(fleet)?;
     ensure!(
         !former.channels.contains_key(name),
         "there is a channel {name} already"
     );
+    let mut draft = former.draft();
+    draft.change("targets");
+    goal.check(fleet, &draft, None)?;
     let keys = fleet.keys();
     let stem = keys::of_channel(name);
     let signer = match keys.only(&stem)? {
         Some(signer) => signer,
         None => keys.generate(&stem, keys.kept_like("targets")?)?,
     };
-    let mut draft = former.draft();
     delegate(&mut draft.targets, name, &signer);
-    draft.change("targets");
     draft.add_channel(name.clone());
-    let signed = draft.sign(&keys, &fleet.settings.lifetimes, now, now)?;
-    signed.write(&Writer::new(&fleet.public()), fleet)
+    let done = goal.reach(fleet, draft, &Writer::new(&fleet.public()), now, now)?;
+    Ok(done.into_files())
 }
 
 fn assign(root: &mut Root, role: &str, signers: &[Signer], threshold: u64) {

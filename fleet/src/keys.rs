@@ -13,18 +13,21 @@
 
 mod file;
 pub(crate) mod passphrase;
+mod public;
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 use ed25519_dalek::{Signer as _, SigningKey};
-use offshoot::trust::schema::{Envelope, Key, RoleKeys, RoleName, Signature};
+use offshoot::trust::schema::{Key, RoleKeys, RoleName, Signature};
 use serde::Serialize;
 
 pub(crate) use file::write_secret;
 use passphrase::Passphrases;
+pub(crate) use public::{read_public, to_pem};
 
 /// The directory of keys.
 #[derive(Debug)]
@@ -133,6 +136,22 @@ impl Keys {
         Ok(Kept::File)
     }
 
+    /// A key of any name, on a machine that may have no other part of a fleet.
+    pub(crate) fn make(&self, name: &str, kept: Kept) -> Result<Signer> {
+        if !self.directory.exists() {
+            crate::writer::make_directory(&self.directory)
+                .and_then(|()| fs::set_permissions(&self.directory, Permissions::from_mode(0o700)))
+                .with_context(|| format!("making {}", self.directory.display()))?;
+        }
+        self.generate(name, kept)
+    }
+
+    /// The key of this name.
+    pub(crate) fn named(&self, name: &str) -> Result<Signer> {
+        let found = self.only(name)?;
+        found.with_context(|| format!("there is no {}", self.path(name).display()))
+    }
+
     /// Encrypts the key in a file that is not; false if it was.
     pub(crate) fn encrypt(&self, name: &str) -> Result<bool> {
         let path = self.path(name);
@@ -238,16 +257,6 @@ impl Signer {
             sig: hex(&secret.sign(bytes).to_bytes()),
         })
     }
-}
-
-/// The file of a role, signed by all of `signers`.
-pub(crate) fn sign(document: &impl Serialize, signers: &[Signer]) -> Result<Vec<u8>> {
-    let mut envelope = Envelope::unsigned(document)?;
-    let bytes = envelope.sign_bytes()?;
-    for signer in signers {
-        envelope.signatures.push(signer.sign(&bytes)?);
-    }
-    Ok(envelope.to_bytes()?)
 }
 
 fn hex(bytes: &[u8]) -> String {

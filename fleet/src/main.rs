@@ -5,6 +5,7 @@
 //! - [`publish`]: from a commit to a release; [`delta`], [`objects`]: what devices download of it; [`writer`]: how files get into `public/`.
 //! - [`publication`]: the signed metadata; [`init`] makes the first, [`refresh`] signs again what expires,
 //!   [`rotate`] replaces keys, [`prune`] removes former releases, [`status`] tells.
+//! - [`prepared`]: signing that is split over people and machines.
 //! - [`push`]: to where devices ask for it.
 //! - [`bundle`]: a release on a stick, for devices without a network.
 //! - [`image`]: from a commit to a disk that boots.
@@ -27,6 +28,7 @@ mod image;
 mod init;
 mod keys;
 mod objects;
+mod prepared;
 mod prune;
 mod publication;
 mod publish;

@@ -262,7 +262,13 @@ mod tests {
     #[test]
     fn a_file_that_is_signed_is_never_another_one_and_is_mended_if_it_can_be() {
         let bench = Bench::new();
-        init::add_channel(&bench.fleet(), &"beta".parse().unwrap(), now(2)).unwrap();
+        init::add_channel(
+            &bench.fleet(),
+            &"beta".parse().unwrap(),
+            crate::prepared::Goal::Publish,
+            now(2),
+        )
+        .unwrap();
         let signed = newest(&bench.fleet(), "stable").objects;
         let objects = indexed(&bench.fleet().public(), &newest(&bench.fleet(), "stable"));
         let object = objects
@@ -330,7 +336,13 @@ mod tests {
         let place = fleet.public().join(object.path());
         fs::create_dir_all(place.parent().unwrap()).unwrap();
         fs::write(&place, "garbage").unwrap();
-        init::add_channel(&fleet, &"beta".parse().unwrap(), now(3)).unwrap();
+        init::add_channel(
+            &fleet,
+            &"beta".parse().unwrap(),
+            crate::prepared::Goal::Publish,
+            now(3),
+        )
+        .unwrap();
         fleet.settings.full = true;
         let request = Request {
             channel: "beta".parse().unwrap(),

@@ -9,6 +9,7 @@
 //! Does not look into the OSTree repository: `ostree prune` does.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result, ensure};
 use jiff::Timestamp as Time;
@@ -16,6 +17,7 @@ use offshoot::trust::schema::{HardwareId, ReleaseVersion, RoleName};
 use serde::Serialize;
 
 use crate::directory::Fleet;
+use crate::prepared::{Done, Goal};
 use crate::publication::{Publication, releases};
 use crate::writer::{Swept, Writer};
 use crate::{content, refresh};
@@ -26,6 +28,8 @@ pub(crate) struct Summary {
     /// How many files were removed, and their size.
     pub files: usize,
     pub bytes: u64,
+    /// The files to sign, before any file is removed by the next run.
+    pub prepared: Vec<PathBuf>,
     pub warnings: Vec<String>,
 }
 
@@ -38,11 +42,17 @@ pub(crate) struct Gone {
 }
 
 /// Of each channel and hardware, the `keep` newest releases stay.
-pub(crate) fn prune(fleet: &Fleet, keep: usize, now: Time) -> Result<Summary> {
-    prune_with(fleet, keep, now, &Writer::new(&fleet.public()))
+pub(crate) fn prune(fleet: &Fleet, keep: usize, goal: Goal, now: Time) -> Result<Summary> {
+    prune_with(fleet, keep, goal, now, &Writer::new(&fleet.public()))
 }
 
-fn prune_with(fleet: &Fleet, keep: usize, now: Time, writer: &Writer) -> Result<Summary> {
+fn prune_with(
+    fleet: &Fleet,
+    keep: usize,
+    goal: Goal,
+    now: Time,
+    writer: &Writer,
+) -> Result<Summary> {
     ensure!(
         keep > 0,
         "--keep 0 would leave devices nothing: keep 1 or more"
@@ -51,6 +61,8 @@ fn prune_with(fleet: &Fleet, keep: usize, now: Time, writer: &Writer) -> Result<
     let mut publication = Publication::read(fleet)?;
     publication.keep_root(fleet)?;
     let mut draft = publication.draft();
+    // What a release that is prepared names is not named by what is published.
+    Goal::Prepare.check(fleet, &draft, None)?;
     let mut gone = Vec::new();
     let mut warnings = Vec::new();
     for (channel, document) in &publication.channels {
@@ -82,9 +94,18 @@ fn prune_with(fleet: &Fleet, keep: usize, now: Time, writer: &Writer) -> Result<
     writer.clear_parts()?;
     if !gone.is_empty() {
         refresh::renew(fleet, &publication, &mut draft, now, &mut warnings)?;
-        let signed = draft.sign(&fleet.keys(), &fleet.settings.lifetimes, now, now)?;
-        signed.write(writer, fleet)?;
-        publication = signed.publication;
+        match goal.reach(fleet, draft, writer, now, now)? {
+            Done::Published(published) => publication = *published,
+            Done::Prepared(prepared) => {
+                return Ok(Summary {
+                    releases: gone,
+                    files: 0,
+                    bytes: 0,
+                    prepared,
+                    warnings,
+                });
+            }
+        }
     }
     let named = named(fleet, &publication)?;
     let mut swept = Swept::default();
@@ -95,6 +116,7 @@ fn prune_with(fleet: &Fleet, keep: usize, now: Time, writer: &Writer) -> Result<
         releases: gone,
         files: swept.files,
         bytes: swept.bytes,
+        prepared: Vec::new(),
         warnings,
     })
 }
@@ -128,7 +150,10 @@ mod tests {
         fleet.settings.chain = 0;
         publish(&fleet, &request("1.1.0"), now(2)).unwrap();
         let before = files(&fleet.public());
-        assert_eq!(prune(&fleet, 2, now(3)).unwrap().releases, []);
+        assert_eq!(
+            prune(&fleet, 2, Goal::Publish, now(3)).unwrap().releases,
+            []
+        );
         // The metadata of before the last publication, but for roots.
         let after = files(&fleet.public());
         let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_owned();
@@ -136,14 +161,14 @@ mod tests {
         assert_eq!(gone, ["1.snapshot.json", "1.stable.json"]);
 
         // A device that has only the first root follows.
-        rotate(&fleet, "timestamp", None, now(4)).unwrap();
-        let whole = prune(&bench.copy("fleet", "whole"), 1, now(5)).unwrap();
+        rotate(&fleet, &crate::bench::replacing("timestamp", None), now(4)).unwrap();
+        let whole = prune(&bench.copy("fleet", "whole"), 1, Goal::Publish, now(5)).unwrap();
         for steps in 0.. {
             let fleet = bench.copy("fleet", &format!("cut-{steps}"));
             let public = fleet.public();
             let mut device = bench.device(&format!("device-{steps}"));
             let writer = Writer::cut_after(&public, steps);
-            let done = prune_with(&fleet, 1, now(5), &writer).is_ok();
+            let done = prune_with(&fleet, 1, Goal::Publish, now(5), &writer).is_ok();
             assert_eq!(seen(&mut device, &public, now(6)).unwrap(), "1.1.0");
             // What went may come again, as another release, also when it went in part.
             let mut again = bench.copy(&format!("cut-{steps}"), &format!("again-{steps}"));
@@ -155,7 +180,7 @@ mod tests {
             assert_eq!(publish(&again, &request, now(7)).unwrap().serial, 3);
             assert_eq!(seen(&mut device, &again.public(), now(8)).unwrap(), "1.0.0");
 
-            prune(&fleet, 1, now(9)).unwrap();
+            prune(&fleet, 1, Goal::Publish, now(9)).unwrap();
             let left = files(&public);
             let published = Publication::read(&fleet).unwrap();
             let named = named(&fleet, &published).unwrap();
@@ -197,13 +222,13 @@ mod tests {
         let bench = Bench::new();
         let fleet = bench.fleet();
         publish(&fleet, &request("1.1.0"), now(2)).unwrap();
-        prune(&fleet, 0, now(3)).unwrap_err();
+        prune(&fleet, 0, Goal::Publish, now(3)).unwrap_err();
         let manifest = files(&fleet.public())
             .into_iter()
             .find(|path| path.to_str().unwrap().ends_with("1.1.0.manifest.json"));
         fs::write(manifest.unwrap(), "{}").unwrap();
         let before = files(&fleet.public());
-        prune(&fleet, 2, now(3)).unwrap_err();
+        prune(&fleet, 2, Goal::Publish, now(3)).unwrap_err();
         assert_eq!(files(&fleet.public()), before);
     }
 }

@@ -5,7 +5,7 @@
 //!
 //! Does not remove what former releases left: a device may be half-way through one, and [`crate::prune`] does when it is told to.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use jiff::Timestamp as Time;
@@ -19,6 +19,7 @@ use ostree::{ObjectType, Repo, RepoCommitState, glib};
 use serde::Serialize;
 
 use crate::directory::Fleet;
+use crate::prepared::Goal;
 use crate::publication::{Publication, Release, releases};
 use crate::refresh;
 use crate::writer::Writer;
@@ -41,6 +42,8 @@ pub(crate) struct Request {
     pub objects: Option<bool>,
     /// Make a former release the newest again.
     pub again: bool,
+    /// Others sign it, and `offshoot-fleet complete` publishes it.
+    pub prepare: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -55,6 +58,8 @@ pub(crate) struct Summary {
     pub manifest: Digested,
     pub deltas: Vec<DeltaSummary>,
     pub objects: Option<objects::Summary>,
+    /// The files to sign; empty if it is published.
+    pub prepared: Vec<PathBuf>,
     pub warnings: Vec<String>,
 }
 
@@ -89,7 +94,12 @@ pub(crate) fn publish(fleet: &Fleet, request: &Request, now: Time) -> Result<Sum
     publish_with(fleet, request, now, &Writer::new(&fleet.public()))
 }
 
-fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) -> Result<Summary> {
+pub(crate) fn publish_with(
+    fleet: &Fleet,
+    request: &Request,
+    now: Time,
+    writer: &Writer,
+) -> Result<Summary> {
     let lock = fleet.lock()?;
     let former = Publication::read(fleet)?;
     former.keep_root(fleet)?;
@@ -125,8 +135,14 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         );
     }
 
-    let scratch = fleet.scratch(&lock)?;
     let mut warnings = Vec::new();
+    let mut draft = former.draft();
+    draft.change(channel.as_str());
+    refresh::renew(fleet, &former, &mut draft, now, &mut warnings)?;
+    let goal = Goal::of(request.prepare);
+    goal.check(fleet, &draft, None)?;
+
+    let scratch = fleet.scratch(&lock)?;
     let mut deltas = Vec::new();
     for (from, label) in sources(fleet, request, &repo, &held, commit, &mut warnings)? {
         let label = format!("delta {label} to {version}");
@@ -208,7 +224,6 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         hardware: vec![hardware.clone()],
         manifest: digested,
     };
-    let mut draft = former.draft();
     let targets = draft
         .channels
         .get_mut(channel)
@@ -222,10 +237,7 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
         format!("{folder}/{version}.manifest.json"),
         TargetFile::of(&bytes),
     );
-    draft.change(channel.as_str());
-    refresh::renew(fleet, &former, &mut draft, now, &mut warnings)?;
-    let signed = draft.sign(&fleet.keys(), &fleet.settings.lifetimes, now, now)?;
-    signed.write(writer, fleet)?;
+    let done = goal.reach(fleet, draft, writer, now, now)?;
     Ok(Summary {
         channel: channel.clone(),
         hardware: hardware.clone(),
@@ -240,6 +252,7 @@ fn publish_with(fleet: &Fleet, request: &Request, now: Time, writer: &Writer) ->
             .map(DeltaSummary::of)
             .collect::<Result<_>>()?,
         objects: summary,
+        prepared: done.into_files(),
         warnings,
     })
 }
@@ -298,6 +311,7 @@ fn unchanged(fleet: &Fleet, request: &Request, release: &Release) -> Result<Summ
             .map(DeltaSummary::of)
             .collect::<Result<_>>()?,
         objects: objects.as_deref().map(objects::Summary::of),
+        prepared: Vec::new(),
         warnings: Vec::new(),
     })
 }

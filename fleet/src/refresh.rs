@@ -3,18 +3,23 @@
 //! A role is late in the last third of its lifetime. What follows from a new signature follows: a role's takes a snapshot, and a snapshot
 //! takes a timestamp. A role whose keys are kept elsewhere is left as it is, and said.
 
+use std::path::PathBuf;
+
 use anyhow::Result;
 use jiff::Timestamp as Time;
 use offshoot::trust::schema::Version;
 use serde::Serialize;
 
 use crate::directory::Fleet;
+use crate::prepared::{self, Done, Goal};
 use crate::publication::{Draft, Publication, stem};
 use crate::writer::Writer;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Summary {
     pub signed: Vec<SignedRole>,
+    /// What is to be signed elsewhere.
+    pub prepared: Vec<PathBuf>,
     pub warnings: Vec<String>,
 }
 
@@ -31,6 +36,31 @@ pub(crate) fn refresh(fleet: &Fleet, force: bool, now: Time) -> Result<Summary> 
     refresh_with(fleet, force, now, &Writer::new(&fleet.public()))
 }
 
+/// What is late and is signed elsewhere is prepared for that.
+pub(crate) fn prepare(fleet: &Fleet, now: Time) -> Result<Summary> {
+    let _lock = fleet.lock()?;
+    let former = Publication::read(fleet)?;
+    let mut draft = former.draft();
+    for (role, _, expires) in former.roles() {
+        let late = fleet.settings.lifetimes.of(&role).is_late(expires, now);
+        if late && !is_ready(fleet, &former, &role)? {
+            draft.change(&role);
+        }
+    }
+    let prepared = if draft.changed().next().is_some() {
+        let writer = Writer::new(&fleet.public());
+        let done = Goal::Prepare.reach(fleet, draft, &writer, now, now)?;
+        done.into_files()
+    } else {
+        Vec::new()
+    };
+    Ok(Summary {
+        signed: Vec::new(),
+        prepared,
+        warnings: Vec::new(),
+    })
+}
+
 fn refresh_with(fleet: &Fleet, force: bool, now: Time, writer: &Writer) -> Result<Summary> {
     let _lock = fleet.lock()?;
     let former = Publication::read(fleet)?;
@@ -42,31 +72,44 @@ fn refresh_with(fleet: &Fleet, force: bool, now: Time, writer: &Writer) -> Resul
     if !changed && !force && !lifetime.is_late(former.timestamp.expires, now) {
         return Ok(Summary {
             signed: Vec::new(),
+            prepared: Vec::new(),
             warnings,
         });
     }
     writer.clear_parts()?;
     // Whatever else has expired is no reason to let the timestamp expire too.
-    let signed = draft.sign(
-        &fleet.keys(),
-        &fleet.settings.lifetimes,
-        now,
-        Time::UNIX_EPOCH,
-    )?;
-    signed.write(writer, fleet)?;
-    let before = former.roles();
-    let signed = signed.publication.roles().into_iter();
-    let signed = signed.filter(|role| !before.contains(role));
+    let done = Goal::Publish.reach(fleet, draft, writer, now, Time::UNIX_EPOCH)?;
+    let signed = match done {
+        Done::Published(publication) => renewed(&former, &publication),
+        Done::Prepared(_) => Vec::new(),
+    };
     Ok(Summary {
-        signed: signed
-            .map(|(role, version, expires)| SignedRole {
-                role,
-                version,
-                expires,
-            })
-            .collect(),
+        signed,
+        prepared: Vec::new(),
         warnings,
     })
+}
+
+/// What is signed now and was not before.
+pub(crate) fn renewed(former: &Publication, publication: &Publication) -> Vec<SignedRole> {
+    let before = former.roles();
+    let signed = publication.roles().into_iter();
+    let signed = signed.filter(|role| !before.contains(role));
+    signed
+        .map(|(role, version, expires)| SignedRole {
+            role,
+            version,
+            expires,
+        })
+        .collect()
+}
+
+/// Whether enough of the role's keys can sign here.
+fn is_ready(fleet: &Fleet, former: &Publication, role: &str) -> Result<bool> {
+    let signers = former.signers(role)?;
+    let held = fleet.keys().of(&stem(role)?, signers)?;
+    let ready = held.iter().filter(|signer| signer.is_ready()).count();
+    Ok(ready as u64 >= signers.threshold)
 }
 
 /// Marks what is late and can be signed here; the timestamp, which is signed anyway, is not marked.
@@ -77,22 +120,23 @@ pub(crate) fn renew(
     now: Time,
     warnings: &mut Vec<String>,
 ) -> Result<bool> {
-    let keys = fleet.keys();
     let mut changed = false;
     for (role, _, expires) in former.roles() {
         let late = fleet.settings.lifetimes.of(&role).is_late(expires, now);
-        if !late || role == "timestamp" {
+        if !late || role == "timestamp" || draft.changed().any(|changed| changed == role) {
             continue;
         }
-        let (stem, signers) = (stem(&role)?, former.signers(&role)?);
-        let held = keys.of(&stem, signers)?;
-        let ready = held.iter().filter(|signer| signer.is_ready()).count();
-        if ready as u64 >= signers.threshold {
+        if prepared::holds(fleet, &role) {
+            warnings.push(format!(
+                "{role} expires at {expires}, and its next version waits for signatures: `offshoot-fleet complete` it"
+            ));
+        } else if is_ready(fleet, former, &role)? {
             draft.change(&role);
             changed = true;
         } else {
             warnings.push(format!(
-                "{role} expires at {expires}, and its keys are not here, or have a passphrase that was not given: run `offshoot-fleet refresh` where {stem}.pem is, with --passphrase-file"
+                "{role} expires at {expires}, and its keys are not here, or have a passphrase that was not given: run `offshoot-fleet refresh` where {}.pem is, with --passphrase-file, or with --prepare",
+                stem(&role)?
             ));
         }
     }

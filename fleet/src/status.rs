@@ -15,14 +15,16 @@ use serde::Serialize;
 
 use crate::directory::Fleet;
 use crate::keys::{self, Kept, Signer};
-use crate::publication::{Publication, Release, releases, stem};
+use crate::publication::{Below, Publication, Release, releases, stem};
 use crate::publish::{self, DeltaSummary};
-use crate::{content, objects};
+use crate::{content, objects, prepared};
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Status {
     pub roles: Vec<Role>,
     pub channels: BTreeMap<RoleName, BTreeMap<HardwareId, Vec<ReleaseStatus>>>,
+    /// What waits for signatures.
+    pub prepared: Vec<Below>,
     pub warnings: Vec<Warning>,
 }
 
@@ -76,6 +78,8 @@ pub(crate) enum WarningKind {
     FileDamaged,
     /// No device can download the newest release.
     NoWay,
+    /// What is prepared cannot be published any more.
+    PreparedOutdated,
     /// The next release cannot have a delta from the newest one.
     CommitMissing,
 }
@@ -99,7 +103,9 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
         let remedy = if held.len() as u64 >= signers.threshold {
             "run `offshoot-fleet refresh`".to_owned()
         } else {
-            format!("run `offshoot-fleet refresh` where {stem}.pem is")
+            format!(
+                "run `offshoot-fleet refresh` where {stem}.pem is, or with --prepare here and `offshoot-fleet sign` there"
+            )
         };
         if expires <= now {
             let text = format!("{role} expired at {expires}, devices refuse it: {remedy}");
@@ -117,6 +123,10 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
             threshold: signers.threshold,
         });
     }
+    let prepared = prepared::progress(fleet, &publication).unwrap_or_else(|error| {
+        warnings.push(WarningKind::PreparedOutdated.with(format!("{error:#}")));
+        Vec::new()
+    });
     keys_of_others(fleet, &publication, &mut warnings)?;
     let repo = publish::open_repo(&fleet.repo())?;
     let mut channels = BTreeMap::new();
@@ -164,6 +174,7 @@ pub(crate) fn status(fleet: &Fleet, now: Time) -> Result<Status> {
     Ok(Status {
         roles,
         channels,
+        prepared,
         warnings,
     })
 }
@@ -303,6 +314,20 @@ impl fmt::Display for Status {
                 ""
             };
             writeln!(f, "{role:<12} {version:>5}  until {expires}{elsewhere}")?;
+        }
+        for Below {
+            role,
+            have,
+            need,
+            missing,
+            ..
+        } in &self.prepared
+        {
+            let missing = missing.join(", ");
+            writeln!(
+                f,
+                "prepared/{role}.json has {have} of {need} signatures; may sign: {missing}"
+            )?;
         }
         for warning in &self.warnings {
             writeln!(f, "warning: {}", warning.text)?;

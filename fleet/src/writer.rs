@@ -217,6 +217,16 @@ impl Writer {
         place().with_context(|| format!("naming {}", to.display()))
     }
 
+    /// Removes a directory with files in it, one by one.
+    pub(crate) fn discard(&self, directory: &Path) -> Result<()> {
+        let discard = || -> io::Result<()> {
+            self.step()?;
+            fs::remove_dir_all(directory)?;
+            File::open(parent(directory))?.sync_all()
+        };
+        discard().with_context(|| format!("removing {}", directory.display()))
+    }
+
     pub(crate) fn remove(&self, path: &Path) -> Result<()> {
         let remove = || -> io::Result<()> {
             self.step()?;

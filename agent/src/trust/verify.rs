@@ -25,6 +25,7 @@ use crate::commit::Sha256;
 pub use channel::{Channel, Entry};
 pub use delegations::{Delegated, MAX_ROLES, Role, Search, Target};
 pub use floors::Floors;
+pub use signatures::verifies;
 
 /// A root with thirty keys is 10 KiB.
 pub const ROOT_LIMIT: u64 = 64 << 10;

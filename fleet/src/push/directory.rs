@@ -106,7 +106,7 @@ mod tests {
         let bench = Bench::new();
         let fleet = bench.fleet();
         publish(&fleet, &request("1.1.0"), now(2)).unwrap();
-        rotate(&fleet, "timestamp", None, now(3)).unwrap();
+        rotate(&fleet, &crate::bench::replacing("timestamp", None), now(3)).unwrap();
         let www = bench.path("www");
         push(&Plan::of(&fleet).unwrap(), &www, false).unwrap();
         // One byte of one file, of a web server's own beside it.
@@ -118,7 +118,7 @@ mod tests {
         let summary = push(&Plan::of(&fleet).unwrap(), &www, false).unwrap();
         assert_eq!((summary.sent, summary.bytes), (1, bytes.len() as u64));
 
-        prune(&fleet, 1, now(4)).unwrap();
+        prune(&fleet, 1, crate::prepared::Goal::Publish, now(4)).unwrap();
         let plan = Plan::of(&fleet).unwrap();
         let kept = push(&plan, &www, false).unwrap();
         assert!(kept.sent > 0 && kept.removed == 0);

@@ -18,3 +18,4 @@ mod publish;
 mod push;
 mod python_tuf;
 mod serve;
+mod sign;

@@ -49,6 +49,14 @@ fn python_tuf_verifies_what_is_published_and_downloads_the_commit() {
             bench.run(&["rotate", role]);
         }
     }
+    // Two must sign each role, and sign.
+    for role in ["root", "timestamp", "snapshot", "targets", "stable"] {
+        bench.run(&["rotate", role, "--add-key", "--threshold=2"]);
+    }
+    bench.compose("1.2.0", 1000);
+    bench.publish("stable", "1.2.0", &[]);
+    let found = read(&["stable/qemu-x86_64/1.2.0.commit"]).unwrap();
+    assert_eq!(found["versions"]["root"], json!(9));
 }
 
 #[test]

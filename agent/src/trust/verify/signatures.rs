@@ -57,6 +57,13 @@ pub(super) fn check(
     Ok(())
 }
 
+/// Whether this is a signature of a key of a known kind: hexadecimal digits, as in an envelope.
+pub fn verifies(key: &Key, message: &[u8], signature: &str) -> bool {
+    let (key, signature) = (PublicKey::read(key), from_hex(signature));
+    key.zip(signature)
+        .is_some_and(|(key, signature)| key.verifies(message, &signature))
+}
+
 /// The role can be signed for at all. Judged when the role is, so that a mistake in one role's keys does not keep a device from
 /// the root that corrects it.
 fn check_signers(role: &str, signers: &RoleKeys) -> Result<(), Refusal> {
