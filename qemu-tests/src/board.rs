@@ -33,11 +33,12 @@ impl Board {
         }
     }
 
-    /// The kernel's serial console.
-    pub fn console(self) -> &'static str {
+    /// The layout of its disk, for `offshoot-fleet image`.
+    pub fn layout(self) -> String {
         match self {
-            Self::Pc => "ttyS0",
-            Self::Virt(_) => "ttyAMA0",
+            Self::Pc => include_str!("../layouts/amd64.toml").to_owned(),
+            Self::Virt(count) => include_str!("../layouts/arm64.toml")
+                .replace("\"script\"", &format!("\"{}\"", count.name())),
         }
     }
 

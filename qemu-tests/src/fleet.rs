@@ -148,7 +148,8 @@ impl Fleet {
         format!("os/{CHANNEL}/{}", self.board.hardware())
     }
 
-    fn command(&self) -> Result<Command> {
+    /// `offshoot-fleet` in this directory, answering in JSON.
+    pub(crate) fn command(&self) -> Result<Command> {
         let mut command = Command::new(host::program("offshoot-fleet")?);
         command.arg("--json").arg("--fleet").arg(&self.directory);
         Ok(command)

@@ -74,9 +74,14 @@ impl Uboot {
         self.directory.join("u-boot.bin")
     }
 
+    /// The file that its build makes of the compiled-in variables.
+    pub fn initial_environment(&self) -> PathBuf {
+        self.directory.join("u-boot-initial-env")
+    }
+
     /// The compiled-in variables, as text.
     pub fn defaults(&self) -> Result<String> {
-        let path = self.directory.join("u-boot-initial-env");
+        let path = self.initial_environment();
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 
