@@ -21,10 +21,11 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bootloader_glue::protocol::Environment;
+use bootloader_glue::uboot::places;
 use jiff::Timestamp as Time;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{BootloaderKind, Config};
 use crate::decide::{Consent, Download};
 use crate::device::Device;
 use crate::trust::store::Store;
@@ -237,6 +238,7 @@ fn identity(config: &Config) -> Result<String> {
 }
 
 fn boot_environment(config: &Config) -> Result<String> {
+    let Whereabouts { place, same, .. } = Whereabouts::of(config);
     match config.bootloader().read()? {
         Environment::Valid {
             counter,
@@ -246,7 +248,7 @@ fn boot_environment(config: &Config) -> Result<String> {
         }
         Environment::Valid { damaged: true, .. } => {
             anyhow::bail!(
-                "one copy of the boot environment is bad: the next update makes it whole, or the storage is bad"
+                "one copy of the boot environment, {place}, is bad: the next update makes it whole, or the storage is bad"
             )
         }
         Environment::Valid { counter, .. } => anyhow::bail!(
@@ -255,11 +257,58 @@ fn boot_environment(config: &Config) -> Result<String> {
             counter.bootlimit
         ),
         Environment::Absent => anyhow::bail!(
-            "there is no boot environment: the image initialises it, `offshoot-fleet image` does"
+            "there is no boot environment, {place}: {same}. If they are, initialise it: `offshoot-fleet image` does"
         ),
         Environment::Corrupt => anyhow::bail!(
-            "no copy of the boot environment is valid: initialise it, and if that does not last replace the storage"
+            "no copy of the boot environment, {place}, is valid: {same}. If they are, initialise it, and if that does not last replace the storage"
         ),
+    }
+}
+
+/// Where the system looks for the boot environment, in words, and what to do if the bootloader has it elsewhere or does not count.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Whereabouts {
+    place: String,
+    same: String,
+    counting: &'static str,
+}
+
+impl Whereabouts {
+    fn of(config: &Config) -> Self {
+        if config.bootloader.kind == BootloaderKind::Grub {
+            let environment = config.bootloader.environment.display();
+            return Self {
+                place: format!("{environment}/env.0 and env.1 ([bootloader] environment)"),
+                same: format!(
+                    "let {environment} be the directory offshoot on the EFI system partition that GRUB is started from"
+                ),
+                counting: "let GRUB run the grub.cfg that ostree-grub-generator writes (OSTREE_GRUB2_EXEC), and nothing before it",
+            };
+        }
+        let file = config.bootloader.config.display();
+        // What is wrong with the file is said where it is read.
+        let places = fs::read_to_string(&config.bootloader.config).map(|text| places::parse(&text));
+        let listed = match places {
+            Ok(Ok(places)) => {
+                let places = places.iter().map(|place| {
+                    let sign = if place.offset < 0 { "-" } else { "" };
+                    let (device, size) = (place.device.display(), place.size);
+                    format!(
+                        "{device} {sign}{:#x} {size:#x}",
+                        place.offset.unsigned_abs()
+                    )
+                });
+                format!(": {}", places.collect::<Vec<_>>().join(", "))
+            }
+            Ok(Err(_)) | Err(_) => String::new(),
+        };
+        Self {
+            place: format!("named by {file} ([bootloader] config{listed})"),
+            same: format!(
+                "let the devices, offsets and sizes in {file} be those that U-Boot was built with (CONFIG_ENV_OFFSET, CONFIG_ENV_SIZE, CONFIG_ENV_FAT_FILE)"
+            ),
+            counting: "let U-Boot's bootcmd run boot.scr as mkimage makes it of boot.cmd, unchanged",
+        }
     }
 }
 

@@ -17,7 +17,7 @@ use anyhow::{Context as _, Result, ensure};
 use bootloader_glue::protocol::{Environment, Fallback, Mark};
 use serde::{Deserialize, Serialize};
 
-use super::{Answer, Question, Report, Watchdog, is_rehearsing, look, read, remove};
+use super::{Answer, Question, Report, Watchdog, Whereabouts, is_rehearsing, look, read, remove};
 use crate::config::Config;
 use crate::decide::{Consent, Download};
 use crate::device::Device;
@@ -123,13 +123,14 @@ pub fn resume(config: &Config) -> Result<Option<Ending>> {
     let Some(mut rehearsal) = read::<Rehearsal>(&config.paths.state.join("rehearsal.json"))? else {
         return Ok(None);
     };
+    let whereabouts = Whereabouts::of(config);
     loop {
         let seen = Seen {
             mark: health::mark(&config.paths.kernel_command_line)?,
             environment: config.bootloader().read()?,
             rebooted: rehearsal.boot != boot_id(config)?,
         };
-        match judge(rehearsal.stage, &seen) {
+        match judge(rehearsal.stage, &seen, &whereabouts) {
             Next::Begin => {
                 return match rehearsal.stage {
                     Stage::Counting => {
@@ -179,7 +180,12 @@ pub fn abandon(config: &Config) -> Result<bool> {
 }
 
 /// The whole rehearsal, as a table.
-fn judge(stage: Stage, seen: &Seen) -> Next {
+fn judge(stage: Stage, seen: &Seen, whereabouts: &Whereabouts) -> Next {
+    let Whereabouts {
+        place,
+        same,
+        counting,
+    } = whereabouts;
     let counted = match &seen.environment {
         Environment::Valid { counter, .. } if counter.upgrade_available => Some(counter),
         Environment::Valid { .. } | Environment::Absent | Environment::Corrupt => None,
@@ -211,9 +217,10 @@ fn judge(stage: Stage, seen: &Seen) -> Next {
                 count => Next::End(vec![Answer::failed(
                     Question::EnvironmentShared,
                     format!(
-                        "the bootloader says that this is boot {tries} of a trial, and the environment that the system reads says {}: \
-                         they are not the same environment, compare the bootloader's place for it with the configuration's",
-                        count.map_or("nothing".to_owned(), |count| count.to_string())
+                        "the bootloader says that this is boot {tries} of a trial, and the environment {place} says {}: \
+                         they are not the same environment. Remedy: {same}",
+                        count.map_or("that nothing is on trial".to_owned(), |count| count
+                            .to_string())
                     ),
                 )]),
             }
@@ -225,13 +232,18 @@ fn judge(stage: Stage, seen: &Seen) -> Next {
         (Stage::Counting, true, Mark::Fallback(why)) => Next::Settled(vec![Answer::failed(
             Question::EnvironmentShared,
             format!(
-                "the bootloader fell back ({}): it cannot write or read the environment's place",
+                "a trial was armed in the environment {place}, and the bootloader fell back ({}): it cannot read or write its environment. \
+                 Remedy: {same}, and writable",
                 why.name()
             ),
         )]),
         (Stage::Counting, true, Mark::Normal) => Next::Settled(vec![Answer::failed(
             Question::EnvironmentShared,
-            "a trial was armed and the bootloader knew nothing of it: it reads its environment from another place, or does not run the counting script",
+            format!(
+                "a trial was armed in the environment {place}, and the bootloader booted as if there were none (bootcount is {} there): it reads \
+                 another environment, or does not count. Remedy: {same}; {counting}",
+                counted.map_or(0, |counter| counter.bootcount)
+            ),
         )]),
         (Stage::FallingBack, true, Mark::Fallback(Fallback::Exhausted)) => {
             Next::Settled(vec![falls_back()])
@@ -239,12 +251,16 @@ fn judge(stage: Stage, seen: &Seen) -> Next {
         (Stage::FallingBack, true, mark) => Next::Settled(vec![Answer::failed(
             Question::CounterFallsBack,
             format!(
-                "the counter was spent and the bootloader did not fall back ({}): a bad release would be booted for ever",
+                "the counter in the environment {place} was spent, and the bootloader did not fall back: {}, and would boot a bad release for ever. \
+                 Remedy: {counting}",
                 match mark {
                     Mark::Normal => "it booted as if nothing were armed".to_owned(),
-                    Mark::Trial { tries } => format!("it counted try {tries}"),
+                    Mark::Trial { tries } => {
+                        let limit = counted.map_or(0, |counter| counter.bootlimit);
+                        format!("it counted try {tries} of {limit}")
+                    }
                     Mark::Fallback(why) =>
-                        format!("it fell back for another reason, {}", why.name()),
+                        format!("it fell back for another reason ({})", why.name()),
                 }
             ),
         )]),
@@ -321,6 +337,14 @@ mod tests {
                 damaged: false,
             },
             rebooted: true,
+        }
+    }
+
+    fn whereabouts() -> Whereabouts {
+        Whereabouts {
+            place: "there".to_owned(),
+            same: "look there".to_owned(),
+            counting: "count",
         }
     }
 
@@ -423,7 +447,7 @@ mod tests {
             ),
         ] {
             assert_eq!(
-                answers(&judge(stage, &seen)),
+                answers(&judge(stage, &seen, &whereabouts())),
                 (kind, expected),
                 "{stage:?} {seen:?}"
             );
@@ -432,7 +456,7 @@ mod tests {
                 rebooted: false,
                 ..seen
             };
-            assert_eq!(judge(stage, &same), Next::Begin);
+            assert_eq!(judge(stage, &same, &whereabouts()), Next::Begin);
         }
     }
 
@@ -443,7 +467,7 @@ mod tests {
             (Stage::Counting, seen(Mark::Normal, None)),
             (Stage::FallingBack, seen(trial, Some(2))),
         ] {
-            assert_eq!(judge(stage, &seen), Next::Begin);
+            assert_eq!(judge(stage, &seen, &whereabouts()), Next::Begin);
         }
     }
 }
