@@ -7,7 +7,7 @@
 //! | `watchdog` | the counter is settled; the watchdog is opened and not fed | a boot that nobody asked for |
 //!
 //! The stage is on disk before what it names is done. A power cut in between leaves an environment that was not changed, which the bootloader
-//! does not change back: the stage is then begun again. Only of the watchdog nothing can be read afterwards on every board, so a power cut
+//! does not change back: the stage is then begun again, a few times, since an environment that does not keep what is written looks the same. Only of the watchdog nothing can be read afterwards on every board, so a power cut
 //! in that minute passes for it. While `rehearsal.json` is there nothing is confirmed, given up for its health, or installed.
 //! `offshoot-selftest.service` goes on after each reboot.
 
@@ -28,6 +28,8 @@ use crate::record::{self, Phase};
 #[serde(deny_unknown_fields)]
 struct Rehearsal {
     stage: Stage,
+    /// How often it was begun.
+    begun: u8,
     /// The kernel's id of the boot on which the stage began.
     boot: String,
     with_watchdog: bool,
@@ -49,9 +51,13 @@ enum Stage {
 struct Seen {
     mark: Mark,
     environment: Environment,
+    begun: u8,
     /// It is another boot than the one on which the stage began.
     rebooted: bool,
 }
+
+/// More power cuts than this, each in the same instant, are none.
+const BEGINNINGS: u8 = 3;
 
 /// What to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,6 +114,7 @@ pub async fn rehearse(config: &Config, with_watchdog: bool) -> Result<Ending> {
     }
     let rehearsal = Rehearsal {
         stage: Stage::Counting,
+        begun: 1,
         boot: boot_id(config)?,
         with_watchdog,
         bootlimit: counter.bootlimit,
@@ -128,10 +135,13 @@ pub fn resume(config: &Config) -> Result<Option<Ending>> {
         let seen = Seen {
             mark: health::mark(&config.paths.kernel_command_line)?,
             environment: config.bootloader().read()?,
+            begun: rehearsal.begun,
             rebooted: rehearsal.boot != boot_id(config)?,
         };
         match judge(rehearsal.stage, &seen, &whereabouts) {
             Next::Begin => {
+                rehearsal.begun = rehearsal.begun.saturating_add(1);
+                rehearsal.save(config)?;
                 return match rehearsal.stage {
                     Stage::Counting => {
                         config.bootloader().arm(config.bootloader.tries)?;
@@ -205,9 +215,12 @@ fn judge(stage: Stage, seen: &Seen, whereabouts: &Whereabouts) -> Next {
     match (stage, seen.rebooted, seen.mark) {
         (_, false, _) => Next::Begin,
         // The power was cut before the counter was armed, or before it was exhausted.
-        (Stage::Counting, true, Mark::Normal) if counted.is_none() => Next::Begin,
+        (Stage::Counting, true, Mark::Normal) if counted.is_none() && seen.begun < BEGINNINGS => {
+            Next::Begin
+        }
         (Stage::FallingBack, true, Mark::Trial { .. })
-            if counted.is_some_and(|counter| counter.bootcount < counter.bootlimit) =>
+            if counted.is_some_and(|counter| counter.bootcount < counter.bootlimit)
+                && seen.begun < BEGINNINGS =>
         {
             Next::Begin
         }
@@ -239,11 +252,18 @@ fn judge(stage: Stage, seen: &Seen, whereabouts: &Whereabouts) -> Next {
         )]),
         (Stage::Counting, true, Mark::Normal) => Next::Settled(vec![Answer::failed(
             Question::EnvironmentShared,
-            format!(
-                "a trial was armed in the environment {place}, and the bootloader booted as if there were none (bootcount is {} there): it reads \
-                 another environment, or does not count. Remedy: {same}; {counting}",
-                counted.map_or(0, |counter| counter.bootcount)
-            ),
+            match counted {
+                Some(counter) => format!(
+                    "a trial was armed in the environment {place}, and the bootloader booted as if there were none (bootcount is {} there): it \
+                     reads another environment, or does not count. Remedy: {same}; {counting}",
+                    counter.bootcount
+                ),
+                None => format!(
+                    "a trial was armed in the environment {place} {} times, and each time that was gone after the reboot. Remedy: {same}, on storage \
+                     that outlasts a reboot, and let no script of the bootloader save its defaults there",
+                    seen.begun
+                ),
+            },
         )]),
         (Stage::FallingBack, true, Mark::Fallback(Fallback::Exhausted)) => {
             Next::Settled(vec![falls_back()])
@@ -281,6 +301,7 @@ impl Rehearsal {
 
     fn enter(&mut self, stage: Stage, config: &Config) -> Result<()> {
         self.stage = stage;
+        self.begun = 0;
         self.boot = boot_id(config)?;
         self.save(config)
     }
@@ -336,6 +357,7 @@ mod tests {
                 counter,
                 damaged: false,
             },
+            begun: 1,
             rebooted: true,
         }
     }
@@ -468,6 +490,13 @@ mod tests {
             (Stage::FallingBack, seen(trial, Some(2))),
         ] {
             assert_eq!(judge(stage, &seen, &whereabouts()), Next::Begin);
+            // It was no power cut.
+            let again = Seen {
+                begun: BEGINNINGS,
+                ..seen
+            };
+            let (kind, answers) = answers(&judge(stage, &again, &whereabouts()));
+            assert_eq!((kind, answers[0].1), ("settled", false));
         }
     }
 }
