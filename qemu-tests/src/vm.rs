@@ -202,6 +202,12 @@ impl Vm {
             .map(drop)
     }
 
+    /// Cuts the watchdog's wire to the reset line, until the machine is switched off.
+    pub fn disconnect_watchdog(&mut self) -> Result<()> {
+        self.qmp("watchdog-set-action", json!({"action": "none"}))
+            .map(drop)
+    }
+
     /// How often the machine was reset since it was made.
     pub fn resets(&self) -> usize {
         self.watch.count_qmp("RESET")

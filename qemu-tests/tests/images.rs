@@ -140,3 +140,71 @@ fn an_image_boots_by_a_uboot_whose_script_counts() {
 fn an_image_boots_by_a_uboot_that_counts_itself() {
     boots_and_counts(Count::Bootcount);
 }
+
+/// `make test-all`.
+#[cfg(feature = "all")]
+mod all {
+    use std::os::unix::fs::chown;
+
+    use qemu_tests::board::Board;
+    use qemu_tests::image::{self, Image};
+
+    use super::*;
+
+    const NOBODY: u32 = 65534;
+
+    /// What the scenarios boot was made by root, in the cache.
+    #[test]
+    fn the_images_of_both_boards_made_again_by_an_ordinary_user_are_the_same_bytes() {
+        let cache = Cache::open().unwrap();
+        for board in [
+            Board::Pc,
+            Board::Virt(Count::Script),
+            Board::Virt(Count::Bootcount),
+        ] {
+            let Image {
+                disk,
+                commit,
+                fleet,
+            } = image::factory(&cache, board).unwrap();
+            let entry = disk.parent().unwrap();
+            let temp = tempfile::tempdir().unwrap();
+            let here = temp.path();
+            // The keys are nobody else's.
+            let program = host::program("offshoot-fleet").unwrap();
+            let copy = "umask 022 && mkdir fleet && cp -r \"$0/repo\" \"$0/public\" \"$0/fleet.toml\" \"$0/root.json\" fleet && cp \"$@\" .";
+            let beside = fs::read_dir(entry)
+                .unwrap()
+                .map(|file| file.unwrap().path());
+            let beside = beside.filter(|path| path.is_file() && *path != disk);
+            host::run(
+                Command::new("sh")
+                    .args(["-c", copy])
+                    .arg(&fleet)
+                    .arg(program)
+                    .args(beside)
+                    .current_dir(here),
+            )
+            .unwrap();
+            chown(here, Some(NOBODY), Some(NOBODY)).unwrap();
+            let again = here.join("again.img");
+            host::run(
+                Command::new("setpriv")
+                    .args([
+                        format!("--reuid={NOBODY}"),
+                        format!("--regid={NOBODY}"),
+                        "--clear-groups".to_owned(),
+                        "--bounding-set=-all".to_owned(),
+                        "--inh-caps=-all".to_owned(),
+                        "--no-new-privs".to_owned(),
+                    ])
+                    .arg(here.join("offshoot-fleet"))
+                    .args(["--fleet", "fleet"])
+                    .args(image::arguments(board, commit, here, &again))
+                    .current_dir(here),
+            )
+            .unwrap();
+            host::run(Command::new("cmp").args([&disk, &again])).unwrap();
+        }
+    }
+}

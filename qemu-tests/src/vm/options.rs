@@ -11,6 +11,8 @@ pub struct Options {
     pub board: Board,
     pub processors: u32,
     pub memory_mib: u32,
+    /// Of the PC; the arm64 board has none.
+    pub watchdog: bool,
     /// A console on this process's terminal, with a root shell; `ctrl-a x` leaves it.
     pub console: bool,
 }
@@ -21,6 +23,7 @@ impl Default for Options {
             board: Board::Pc,
             processors: 1,
             memory_mib: 768,
+            watchdog: true,
             console: false,
         }
     }
@@ -55,7 +58,9 @@ impl Options {
                     "-drive",
                     &format!("if=pflash,format=raw,cache=unsafe,file={variables}"),
                 ]);
-                add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+                if self.watchdog {
+                    add(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+                }
                 "pci"
             }
             Board::Virt(_) => {
