@@ -248,7 +248,7 @@ fn boot_environment(config: &Config) -> Result<String> {
         }
         Environment::Valid { damaged: true, .. } => {
             anyhow::bail!(
-                "one copy of the boot environment, {place}, is bad: the next update makes it whole, or the storage is bad"
+                "one copy of the boot environment {place} is bad: the next update makes it whole, or the storage is bad"
             )
         }
         Environment::Valid { counter, .. } => anyhow::bail!(
@@ -257,10 +257,11 @@ fn boot_environment(config: &Config) -> Result<String> {
             counter.bootlimit
         ),
         Environment::Absent => anyhow::bail!(
-            "there is no boot environment, {place}: {same}. If they are, initialise it: `offshoot-fleet image` does"
+            "there is no boot environment {place}: {same}; if that is so already, initialise it, as `offshoot-fleet image` does"
         ),
         Environment::Corrupt => anyhow::bail!(
-            "no copy of the boot environment, {place}, is valid: {same}. If they are, initialise it, and if that does not last replace the storage"
+            "no copy of the boot environment {place} is valid: {same}; if that is so already, initialise it, and if that does not last replace the \
+             storage"
         ),
     }
 }
@@ -278,7 +279,7 @@ impl Whereabouts {
         if config.bootloader.kind == BootloaderKind::Grub {
             let environment = config.bootloader.environment.display();
             return Self {
-                place: format!("{environment}/env.0 and env.1 ([bootloader] environment)"),
+                place: format!("in {environment}/env.0 and env.1 ([bootloader] environment)"),
                 same: format!(
                     "let {environment} be the directory offshoot on the EFI system partition that GRUB is started from"
                 ),
@@ -329,7 +330,7 @@ impl Watchdog {
         };
         let identity = attribute("identity").with_context(|| {
             format!(
-                "{} is not there: the kernel knows no watchdog, build in or load its driver",
+                "{} is not there: the kernel knows no watchdog. Build in or load its driver; a board without one cannot come back from a hang",
                 class.display()
             )
         })?;

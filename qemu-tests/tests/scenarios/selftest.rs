@@ -1,7 +1,7 @@
 //! A unit tested where it is made: one that is sound, and ones that would not survive a bad release, each told by the question that fails.
 
 use bootloader_glue::protocol::{Counter, Environment};
-use bootloader_glue::uboot::{BOOT_CMD, Count};
+use bootloader_glue::uboot::Count;
 use offshoot::selftest::{Question, Report};
 use qemu_tests::bench::{Bench, Web};
 use qemu_tests::board::Board;
@@ -158,6 +158,8 @@ fn install_script(vm: &mut Vm, text: &str) {
 /// `make test-all`.
 #[cfg(feature = "all")]
 mod all {
+    use bootloader_glue::uboot::BOOT_CMD;
+
     use super::*;
 
     #[test]
