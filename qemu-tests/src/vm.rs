@@ -213,6 +213,11 @@ impl Vm {
         self.watch.count_qmp("RESET")
     }
 
+    /// How often its watchdog has fired.
+    pub fn watchdog_resets(&self) -> usize {
+        self.watch.count_qmp("WATCHDOG")
+    }
+
     /// The journal entries with this message id that were seen so far, of all boots.
     pub fn events(&self, message_id: &str) -> Vec<Event> {
         self.watch.events(message_id)
