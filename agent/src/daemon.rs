@@ -121,6 +121,7 @@ struct Allowed {
 struct Failed {
     /// `None`: the device could not be observed.
     step: Option<Step>,
+    fault: &'static str,
     message: String,
     times: u32,
     due: Due,
@@ -444,12 +445,17 @@ impl Daemon {
                 let message = error.to_string();
                 tracing::warn!(
                     MESSAGE_ID = events::POLL_FAILED,
+                    FAULT = error.name(),
                     RETRY_SECONDS = delay.as_secs(),
                     "the poll failed: {message}"
                 );
                 self.last_poll = Some(status::Poll {
                     at,
-                    error: Some(status::PollFailure { kind, message }),
+                    error: Some(status::PollFailure {
+                        kind,
+                        fault: error.name().to_owned(),
+                        message,
+                    }),
                 });
                 delay
             }
@@ -542,11 +548,11 @@ impl Daemon {
                     tell::report(step);
                 }
             }
-            Err(error) => self.failed(Some(step), &format!("{error:#}")),
+            Err(error) => self.failed(Some(step), error.name(), &format!("{error:#}")),
         }
     }
 
-    fn failed(&mut self, step: Option<&Step>, message: &str) {
+    fn failed(&mut self, step: Option<&Step>, fault: &'static str, message: &str) {
         let delay = self.step_backoff.failed(random(), None);
         let times = match &self.failure {
             Some(failed) if failed.step.as_ref() == step => failed.times + 1,
@@ -556,11 +562,13 @@ impl Daemon {
         tracing::warn!(
             MESSAGE_ID = events::STEP_FAILED,
             STEP = name,
+            FAULT = fault,
             RETRY_SECONDS = delay.as_secs(),
             "{name} failed: {message}"
         );
         self.failure = Some(Failed {
             step: step.cloned(),
+            fault,
             message: message.to_owned(),
             times,
             due: Due::after(delay, self.now()),

@@ -101,6 +101,19 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
+    /// As in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Busy => "busy",
+            Self::NoSpace => "no-space",
+            Self::CorruptDelta => "corrupt-delta",
+            Self::IncompleteCommit => "incomplete-commit",
+            Self::Booted => "booted",
+            Self::Unsuited => "unsuited",
+            Self::Ostree => "ostree",
+        }
+    }
+
     /// The exit code of `offshoot-deployer`.
     pub const fn code(self) -> u8 {
         match self {

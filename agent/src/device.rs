@@ -100,6 +100,21 @@ pub enum StepError {
     Other(#[from] anyhow::Error),
 }
 
+impl StepError {
+    /// As in JSON and the journal's `FAULT`.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Fetch(error) => error.fault.name(),
+            Self::Delta(_) => "delta-mismatch",
+            Self::Deployer(failure) => failure.kind.name(),
+            Self::Bootloader(_) => "bootloader",
+            Self::NoRoute { .. } => "no-route",
+            Self::NoSpace { .. } => "no-space",
+            Self::Other(_) => "device",
+        }
+    }
+}
+
 impl From<SpoolError> for StepError {
     fn from(error: SpoolError) -> Self {
         Self::Other(error.into())

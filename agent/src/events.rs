@@ -6,7 +6,7 @@
 pub const STARTED: &str = "29392cf7c3e52eb25917f3441e95d4bc";
 /// The server answered and its metadata verified. `OFFER`: the newest release's commit, if there is one.
 pub const POLLED: &str = "f2fcf43f26577a74c95791e729518e61";
-/// A poll failed; the reason is the message, `RETRY_SECONDS` says when it is tried again.
+/// A poll failed; `FAULT` names the reason, the message tells it, `RETRY_SECONDS` says when it is tried again.
 pub const POLL_FAILED: &str = "90245b23defc77551480734743feffe9";
 /// An update was begun: `COMMIT` is to follow `FROM`.
 pub const STAGED: &str = "0830cbf572412dfb30d9d1a0a94525ff";
@@ -32,7 +32,7 @@ pub const SETTLED: &str = "0c1b3f88b0ee35cafc0aae252782585d";
 pub const ABANDONED: &str = "df6169893981ef70e8d542fdac01732a";
 /// Nothing is to be done until a fact changes; `WHY` is why.
 pub const WAITING: &str = "fc63f0f2b89298f188fec1be3d118644";
-/// A step failed and changed nothing; `STEP` names it, `RETRY_SECONDS` says when it is tried again.
+/// A step failed and changed nothing; `STEP` names it, `FAULT` the reason, `RETRY_SECONDS` says when it is tried again.
 pub const STEP_FAILED: &str = "e4303435070b4ed9f300de00c6d54d59";
 /// Every required health check of this boot passed.
 pub const HEALTHY: &str = "0b6426c1bdf9e6ce49bbb2e5413e392e";

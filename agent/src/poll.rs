@@ -25,6 +25,17 @@ pub enum PollError {
     Device(anyhow::Error),
 }
 
+impl PollError {
+    /// As in JSON and the journal's `FAULT`.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Fetch(error) => error.fault.name(),
+            Self::Refused(refusal) => refusal.name(),
+            Self::Device(_) => "device",
+        }
+    }
+}
+
 /// What is polled for, and the entity tag of the last finished poll.
 #[derive(Debug)]
 pub struct Poller {

@@ -151,6 +151,9 @@ pub struct Poll {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PollFailure {
     pub kind: PollFailureKind,
+    /// Its name: a [`crate::fetch::Fault`], or a [`crate::trust::Refusal`], or `device`.
+    #[serde(default)]
+    pub fault: String,
     pub message: String,
 }
 
@@ -168,6 +171,9 @@ pub enum PollFailureKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
     pub step: String,
+    /// Its name, where there is one that tells more than `device`.
+    #[serde(default)]
+    pub fault: String,
     pub message: String,
     /// In a row.
     pub times: u32,

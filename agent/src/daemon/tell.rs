@@ -131,6 +131,7 @@ impl Daemon {
                     .as_ref()
                     .map_or("observe", status::name)
                     .to_owned(),
+                fault: failed.fault.to_owned(),
                 message: failed.message.clone(),
                 times: failed.times,
             }),

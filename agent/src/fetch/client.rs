@@ -38,6 +38,9 @@ const WORTH_DRAINING: u64 = 16 << 10;
 /// forgotten it without a word, and finding out costs a whole stall.
 const WORTH_KEEPING: Duration = Duration::from_secs(20);
 
+/// So many bytes on the connection and none of the body is a stall, too: frames that carry nothing keep no download alive.
+const BARREN: u64 = 256 << 10;
+
 const ETAG_LIMIT: usize = 256;
 
 /// How many stalls' time the head of an answer may take, while something comes.
@@ -350,6 +353,8 @@ impl Server {
                     elsewhere = Some(next);
                 }
                 200 => {
+                    // What is encoded has another length, too.
+                    plain(&answer)?;
                     if stated_length(answer.headers()).is_some_and(|stated| stated != length) {
                         let got = stated_length(answer.headers()).unwrap_or(0);
                         return Err(Fault::WrongLength { want: length, got });
@@ -445,7 +450,7 @@ impl Server {
     }
 
     fn flow(&self, answer: Response<Incoming>) -> Flow {
-        Flow::new(answer.into_body(), &self.caller.config)
+        Flow::new(answer.into_body(), &self.caller.config, BARREN)
     }
 
     /// Reads what is left of an answer that is not needed, so that the connection can be kept; too much, and it goes.
@@ -582,10 +587,14 @@ pub(super) struct Flow {
     received: Arc<AtomicU64>,
     /// What had been received when the low-speed window began.
     before: u64,
+    /// What had been received with the last byte of the body, and how much more may be before the next.
+    fed: u64,
+    barren: u64,
 }
 
 impl Flow {
-    pub(super) fn new(body: Incoming, config: &ServerConfig) -> Self {
+    /// `barren` is how much may come over the connection without a byte of this body.
+    pub(super) fn new(body: Incoming, config: &ServerConfig, barren: u64) -> Self {
         let ServerConfig {
             stall,
             low_speed,
@@ -602,6 +611,8 @@ impl Flow {
             paid: Instant::now(),
             received: config.received.clone(),
             before: config.received.load(Ordering::Relaxed),
+            fed: config.received.load(Ordering::Relaxed),
+            barren,
         }
     }
 
@@ -643,7 +654,11 @@ impl Flow {
                 self.before = received;
             }
             if !data.is_empty() {
+                self.fed = received;
                 return Ok(Some(data));
+            }
+            if received - self.fed > self.barren {
+                return Err(Fault::Stalled { after: self.stall });
             }
         }
     }

@@ -171,6 +171,30 @@ impl FetchError {
     }
 }
 
+impl Fault {
+    /// As in JSON and the journal's `FAULT`.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Spool(SpoolError::NoSpace { .. }) => "no-space",
+            Self::Spool(SpoolError::Io { .. }) => "spool",
+            Self::BadPath { .. } => "bad-path",
+            Self::Unreachable { .. } => "unreachable",
+            Self::Tls(_) => "tls",
+            Self::Proxy { .. } => "proxy",
+            Self::Stalled { .. } => "stalled",
+            Self::TooSlow { .. } => "too-slow",
+            Self::Interrupted { .. } => "interrupted",
+            Self::Status { .. } => "status",
+            Self::Redirected { .. } => "redirected",
+            Self::Encoded { .. } => "encoded",
+            Self::Malformed { .. } => "malformed",
+            Self::TooLong { .. } => "too-long",
+            Self::WrongLength { .. } => "wrong-length",
+            Self::WrongDigest { .. } => "wrong-digest",
+        }
+    }
+}
+
 /// Full-jitter exponential backoff: after the n-th failure in a row a random share of `base * 2^n`, at most `cap`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backoff {

@@ -151,3 +151,48 @@ pub enum Refusal {
     #[error("the transport answered {reply} to {want}: check the caches and proxies on the way")]
     OutOfTurn { want: String, reply: &'static str },
 }
+
+impl Refusal {
+    /// The rule's name, as in JSON and the journal's `FAULT`.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::NotUtf8 { .. } => "not-utf8",
+            Self::NotJson { .. } => "not-json",
+            Self::TrailingBytes => "trailing-bytes",
+            Self::DuplicateKey { .. } => "duplicate-key",
+            Self::NotAnInteger { .. } => "not-an-integer",
+            Self::TooDeep { .. } => "too-deep",
+            Self::Malformed { .. } => "malformed",
+            Self::WrongType { .. } => "wrong-type",
+            Self::UnknownSpec { .. } => "unknown-spec",
+            Self::NoSuchRole { .. } => "no-such-role",
+            Self::DuplicateKeyId { .. } => "duplicate-key-id",
+            Self::BadThreshold { .. } => "bad-threshold",
+            Self::DuplicateDelegation { .. } => "duplicate-delegation",
+            Self::BadRoleName { .. } => "bad-role-name",
+            Self::TwoScopes { .. } => "two-scopes",
+            Self::DuplicateSignature { .. } => "duplicate-signature",
+            Self::BelowThreshold { .. } => "below-threshold",
+            Self::RootNotSequential { .. } => "root-not-sequential",
+            Self::RolledBack { .. } => "rolled-back",
+            Self::RoleVanished { .. } => "role-vanished",
+            Self::WrongVersion { .. } => "wrong-version",
+            Self::Expired { .. } => "expired",
+            Self::TooLong { .. } => "too-long",
+            Self::WrongLength { .. } => "wrong-length",
+            Self::WrongDigest { .. } => "wrong-digest",
+            Self::UnknownHash { .. } => "unknown-hash",
+            Self::NoHash { .. } => "no-hash",
+            Self::NoSuchTarget { .. } => "no-such-target",
+            Self::TooManyRoles { .. } => "too-many-roles",
+            Self::NoSuchChannel { .. } => "no-such-channel",
+            Self::NotInSnapshot { .. } => "not-in-snapshot",
+            Self::NotDelegated { .. } => "not-delegated",
+            Self::AmbiguousSerial { .. } => "ambiguous-serial",
+            Self::MixedUp { .. } => "mixed-up",
+            Self::UnknownFormat { .. } => "unknown-format",
+            Self::Missing { .. } => "missing",
+            Self::OutOfTurn { .. } => "out-of-turn",
+        }
+    }
+}

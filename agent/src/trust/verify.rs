@@ -35,6 +35,8 @@ pub const TIMESTAMP_LIMIT: u64 = 16 << 10;
 pub const SNAPSHOT_LIMIT: u64 = 256 << 10;
 /// Targets are about 600 bytes for each release and hardware.
 pub const TARGETS_LIMIT: u64 = 4 << 20;
+/// Of targets that are not announced by a digest, whoever answers chooses every byte, and a small value takes sixteen times its text in memory.
+pub const UNANNOUNCED_LIMIT: u64 = 256 << 10;
 /// A manifest is about 200 bytes for each part of each delta.
 pub const MANIFEST_LIMIT: u64 = 256 << 10;
 /// New roots in one refresh (5.3.3); the next refresh goes on from there.
@@ -310,7 +312,12 @@ pub fn snapshot_limit(timestamp: &Verified<Timestamp>) -> Result<u64, Refusal> {
 
 /// How many bytes of a targets role to fetch at most.
 pub fn targets_limit(snapshot: &Verified<Snapshot>, role: &str) -> Result<u64, Refusal> {
-    limit(role, role_file(snapshot, role)?.length, TARGETS_LIMIT)
+    let file = role_file(snapshot, role)?;
+    let most = match &file.hashes {
+        Some(_) => TARGETS_LIMIT,
+        None => UNANNOUNCED_LIMIT,
+    };
+    limit(role, file.length, most)
 }
 
 /// What the timestamp announces of the snapshot.

@@ -16,14 +16,14 @@ use crate::server::{Answer, Server};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_offshoot");
 
-struct Daemon {
+pub struct Daemon {
     root: PathBuf,
-    child: Child,
+    pub child: Child,
 }
 
 impl Daemon {
     /// Started, and ready as it tells the service manager.
-    fn start(machine: &Machine) -> Self {
+    pub fn start(machine: &Machine) -> Self {
         let socket = machine.path("notify");
         let manager = UnixDatagram::bind(&socket).unwrap();
         manager
@@ -47,17 +47,17 @@ impl Daemon {
         }
     }
 
-    fn stop(mut self) -> Option<i32> {
+    pub fn stop(mut self) -> Option<i32> {
         let pid = Pid::from_raw(self.child.id().try_into().unwrap()).unwrap();
         kill_process(pid, Signal::TERM).unwrap();
         self.child.wait().unwrap().code()
     }
 
-    fn offshoot(&self, arguments: &[&str]) -> Output {
+    pub fn offshoot(&self, arguments: &[&str]) -> Output {
         offshoot(&self.root, arguments)
     }
 
-    fn status(&self, arguments: &[&str]) -> (Option<i32>, Status) {
+    pub fn status(&self, arguments: &[&str]) -> (Option<i32>, Status) {
         let output = self.offshoot(arguments);
         let status = serde_json::from_slice(&output.stdout)
             .unwrap_or_else(|error| panic!("{error}: {output:?}"));
@@ -74,7 +74,7 @@ impl Drop for Daemon {
 }
 
 /// The machine's server, on a thread of its own: the tests here wait for processes.
-fn serve(machine: &Machine) -> Server {
+pub fn serve(machine: &Machine) -> Server {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

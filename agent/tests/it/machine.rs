@@ -28,7 +28,7 @@ pub type Twist = Arc<Mutex<Box<dyn Fn(&Request, Answer) -> Answer + Send>>>;
 pub struct Machine {
     pub bench: Bench,
     pub repository: Repository,
-    identity: Identity,
+    pub identity: Identity,
     files: Arc<Mutex<std::collections::BTreeMap<String, Vec<u8>>>>,
     pub twist: Twist,
     pub factory: Commit,
@@ -116,6 +116,10 @@ impl Machine {
 
     /// Another device and server like this one, for a test that needs many.
     pub fn copy(&self) -> Self {
+        self.copy_speaking("http/1.1")
+    }
+
+    pub fn copy_speaking(&self, protocol: &str) -> Self {
         let temp = tempfile::tempdir().unwrap();
         let status = Command::new("cp")
             .arg("-a")
@@ -126,7 +130,7 @@ impl Machine {
         let copy = Self {
             bench: Bench { temp },
             repository: self.repository.clone(),
-            identity: Identity::new(&["http/1.1"]),
+            identity: Identity::new(&[protocol]),
             files: Arc::new(Mutex::new(self.repository.files.clone())),
             twist: Arc::new(Mutex::new(Box::new(|_, answer| answer))),
             factory: self.factory,

@@ -16,6 +16,7 @@ mod deployer;
 mod fetch;
 mod fuzz;
 mod health;
+mod hostile;
 mod links;
 mod machine;
 mod network;

@@ -5,11 +5,14 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{Either, Full};
+use hyper::body::Frame;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
@@ -22,7 +25,7 @@ use tokio_rustls::TlsAcceptor;
 /// A certificate authority and a server certificate that it signed, also as files.
 pub struct Identity {
     pub directory: tempfile::TempDir,
-    tls: Arc<rustls::ServerConfig>,
+    pub tls: Arc<rustls::ServerConfig>,
 }
 
 /// When the server's certificate is valid.
@@ -53,6 +56,8 @@ pub struct Answer {
     pub body: Vec<u8>,
     /// State the body's length.
     pub length: bool,
+    /// Over HTTP/1.1 these bytes instead of the head.
+    pub head: Option<Vec<u8>>,
     pub then: Then,
 }
 
@@ -182,6 +187,7 @@ impl Answer {
             headers: Vec::new(),
             body: body.into(),
             length: true,
+            head: None,
             then: Then::Listen,
         }
     }
@@ -206,6 +212,14 @@ impl Answer {
         answer.length = false;
         answer.body.truncate(bytes);
         answer
+    }
+
+    /// These bytes and then the body, byte by byte.
+    pub fn raw(head: &str, body: impl Into<Vec<u8>>) -> Self {
+        Self {
+            head: Some(head.as_bytes().to_vec()),
+            ..Self::new(200, body)
+        }
     }
 
     pub fn unmeasured(self) -> Self {
@@ -288,6 +302,21 @@ impl Drop for Server {
     }
 }
 
+/// A body over HTTP/2 that repeats itself for ever.
+struct Endless(Bytes);
+
+impl hyper::body::Body for Endless {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(Some(Ok(Frame::data(self.0.clone()))))
+    }
+}
+
 #[derive(Clone)]
 struct Desk {
     log: Arc<Mutex<Vec<Request>>>,
@@ -361,7 +390,8 @@ impl Desk {
             if answer.length {
                 head += &format!("content-length: {}\r\n", answer.body.len());
             }
-            stream.write_all(format!("{head}\r\n").as_bytes()).await?;
+            let head = answer.head.unwrap_or(format!("{head}\r\n").into_bytes());
+            stream.write_all(&head).await?;
             loop {
                 stream.write_all(&answer.body).await?;
                 stream.flush().await?;
@@ -417,7 +447,12 @@ impl Desk {
             for (name, value) in &answer.headers {
                 response = response.header(name, value);
             }
-            let response = response.body(Full::new(Bytes::from(answer.body))).unwrap();
+            let body = Bytes::from(answer.body);
+            let body = match answer.then {
+                Then::Repeat => Either::Right(Endless(body)),
+                _ => Either::Left(Full::new(body)),
+            };
+            let response = response.body(body).unwrap();
             std::future::ready(Ok::<_, Infallible>(response))
         });
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
