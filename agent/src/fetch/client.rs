@@ -20,7 +20,7 @@ use rustls::ClientConfig;
 use tokio::time::{Instant, timeout};
 
 use super::answer::{content_range, plain, range, refusal, stated_length, text, text_of};
-use super::connection::{Connection, broken, tls};
+use super::connection::{Connection, Meter, tls};
 use super::proxy::Proxy;
 use super::spool::{Partial, Slot};
 use super::url::{Base, check_path};
@@ -37,9 +37,6 @@ const WORTH_DRAINING: u64 = 16 << 10;
 /// A connection that was quiet for longer is not used again: whatever translates addresses on the way may have
 /// forgotten it without a word, and finding out costs a whole stall.
 const WORTH_KEEPING: Duration = Duration::from_secs(20);
-
-/// So many bytes on the connection and none of the body is a stall, too: frames that carry nothing keep no download alive.
-const BARREN: u64 = 256 << 10;
 
 const ETAG_LIMIT: usize = 256;
 
@@ -450,7 +447,7 @@ impl Server {
     }
 
     fn flow(&self, answer: Response<Incoming>) -> Flow {
-        Flow::new(answer.into_body(), &self.caller.config, BARREN)
+        Flow::new(answer, &self.caller.config)
     }
 
     /// Reads what is left of an answer that is not needed, so that the connection can be kept; too much, and it goes.
@@ -587,14 +584,11 @@ pub(super) struct Flow {
     received: Arc<AtomicU64>,
     /// What had been received when the low-speed window began.
     before: u64,
-    /// What had been received with the last byte of the body, and how much more may be before the next.
-    fed: u64,
-    barren: u64,
+    meter: Arc<Meter>,
 }
 
 impl Flow {
-    /// `barren` is how much may come over the connection without a byte of this body.
-    pub(super) fn new(body: Incoming, config: &ServerConfig, barren: u64) -> Self {
+    pub(super) fn new(answer: Response<Incoming>, config: &ServerConfig) -> Self {
         let ServerConfig {
             stall,
             low_speed,
@@ -602,7 +596,6 @@ impl Flow {
             ..
         } = *config;
         Self {
-            body,
             got: 0,
             stall,
             low_speed,
@@ -611,8 +604,8 @@ impl Flow {
             paid: Instant::now(),
             received: config.received.clone(),
             before: config.received.load(Ordering::Relaxed),
-            fed: config.received.load(Ordering::Relaxed),
-            barren,
+            meter: Meter::of(&answer),
+            body: answer.into_body(),
         }
     }
 
@@ -632,11 +625,12 @@ impl Flow {
                 // A piece is on its way.
                 Err(_) => Bytes::new(),
                 Ok(None) => return Ok(None),
-                Ok(Some(Err(error))) => return Err(broken(&error, self.got)),
+                Ok(Some(Err(error))) => return Err(self.meter.broken(&error, self.got)),
                 // Trailers say nothing that is wanted.
                 Ok(Some(Ok(frame))) => frame.into_data().unwrap_or_default(),
             };
             self.got += data.len() as u64;
+            self.meter.took(data.len() as u64);
             if self.max_rate > 0 {
                 let share = data.len() as f64 / self.max_rate as f64;
                 self.paid = self.paid.max(since) + Duration::from_secs_f64(share);
@@ -654,11 +648,7 @@ impl Flow {
                 self.before = received;
             }
             if !data.is_empty() {
-                self.fed = received;
                 return Ok(Some(data));
-            }
-            if received - self.fed > self.barren {
-                return Err(Fault::Stalled { after: self.stall });
             }
         }
     }

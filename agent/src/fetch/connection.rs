@@ -35,10 +35,15 @@ const HEADERS_LIMIT: usize = 64;
 /// How much may be on its way over HTTP/2 before it is written to the spool.
 const WINDOW: u32 = 1 << 20;
 
+/// What may come beside what was asked for: certificates, what was sent ahead, and for each request a head.
+const BESIDE: u64 = 2 * WINDOW as u64;
+const BESIDE_EACH: u64 = HEAD_LIMIT as u64;
+
 /// A connection, driven by a task that ends with it.
 pub(super) struct Connection {
     pub(super) sender: Sender,
     driver: JoinHandle<()>,
+    pub(super) meter: Arc<Meter>,
     /// When it last answered.
     pub(super) used: Instant,
 }
@@ -71,12 +76,14 @@ impl Connection {
             Some(hop) => Box::new(hop.tunnel(base, deadline).await?),
             None => Box::new(connect(&base.host, base.port, deadline).await?),
         };
+        let meter = Arc::<Meter>::default();
         let stream: Box<dyn Stream> = Box::new(Counted {
             stream,
             received: received.clone(),
+            meter: meter.clone(),
         });
         if base.scheme == "http" {
-            return Self::over(stream, false).await;
+            return Self::over(stream, false, meter).await;
         }
         let tls = within(
             deadline,
@@ -85,10 +92,10 @@ impl Connection {
         )
         .await?;
         let http2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
-        Self::over(Box::new(tls), http2).await
+        Self::over(Box::new(tls), http2, meter).await
     }
 
-    async fn over(stream: Box<dyn Stream>, http2: bool) -> Result<Self, Fault> {
+    async fn over(stream: Box<dyn Stream>, http2: bool, meter: Arc<Meter>) -> Result<Self, Fault> {
         let io = TokioIo::new(stream);
         let log = |ended: hyper::Result<()>| {
             if let Err(error) = ended {
@@ -107,11 +114,12 @@ impl Connection {
             let (sender, connection) = builder
                 .handshake(io)
                 .await
-                .map_err(|error| broken(&error, 0))?;
+                .map_err(|error| meter.broken(&error, 0))?;
             let driver = tokio::spawn(async move { log(connection.await) });
             Ok(Self {
                 sender: Sender::Http2(sender),
                 driver,
+                meter,
                 used: Instant::now(),
             })
         } else {
@@ -120,11 +128,12 @@ impl Connection {
             let (sender, connection) = builder
                 .handshake(io)
                 .await
-                .map_err(|error| broken(&error, 0))?;
+                .map_err(|error| meter.broken(&error, 0))?;
             let driver = tokio::spawn(async move { log(connection.await) });
             Ok(Self {
                 sender: Sender::Http1(sender),
                 driver,
+                meter,
                 used: Instant::now(),
             })
         }
@@ -134,6 +143,7 @@ impl Connection {
         &mut self,
         request: Request<Empty<Bytes>>,
     ) -> Result<Response<Incoming>, Fault> {
+        self.meter.asked();
         let answer = match &mut self.sender {
             Sender::Http1(sender) => match sender.ready().await {
                 Ok(()) => sender.send_request(request).await,
@@ -144,7 +154,10 @@ impl Connection {
                 Err(error) => Err(error),
             },
         };
-        answer.map_err(|error| broken(&error, 0))
+        match answer {
+            Ok(answer) => Ok(self.meter.reads(answer)),
+            Err(error) => Err(self.meter.broken(&error, 0)),
+        }
     }
 }
 
@@ -306,21 +319,68 @@ fn refused(error: &rustls::Error) -> TlsFault {
     }
 }
 
-/// A connection that failed after it was made: what came was not HTTP, or it ended.
-pub(super) fn broken(error: &hyper::Error, got: u64) -> Fault {
-    if error.is_parse() || error.is_parse_status() || error.is_parse_too_large() {
-        return Fault::Malformed {
-            what: error.to_string(),
-        };
+/// How much came over one connection, and for what. A server cannot make the device pay for more than it asked for by much: frames that carry
+/// nothing end the connection, also between two requests.
+#[derive(Default)]
+pub(super) struct Meter {
+    came: AtomicU64,
+    asked: AtomicU64,
+    taken: AtomicU64,
+}
+
+impl Meter {
+    /// A request was sent.
+    pub(super) fn asked(&self) {
+        self.asked.fetch_add(1, Ordering::Relaxed);
     }
-    tracing::debug!(error = error as &dyn std::error::Error, got, "interrupted");
-    Fault::Interrupted { got }
+
+    /// The body of this answer comes over this connection.
+    pub(super) fn reads(self: &Arc<Self>, mut answer: Response<Incoming>) -> Response<Incoming> {
+        answer.extensions_mut().insert(self.clone());
+        answer
+    }
+
+    /// Of the connection that the answer came over.
+    pub(super) fn of(answer: &Response<Incoming>) -> Arc<Self> {
+        answer
+            .extensions()
+            .get::<Arc<Self>>()
+            .cloned()
+            .unwrap_or_default()
+    }
+
+    /// So many bytes were of a body.
+    pub(super) fn took(&self, bytes: u64) {
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn is_flooded(&self) -> bool {
+        let [came, asked, taken] =
+            [&self.came, &self.asked, &self.taken].map(|count| count.load(Ordering::Relaxed));
+        came > BESIDE + asked * BESIDE_EACH + 2 * taken
+    }
+
+    /// A connection that failed after it was made: what came was not HTTP, or it ended.
+    pub(super) fn broken(&self, error: &hyper::Error, got: u64) -> Fault {
+        if self.is_flooded() {
+            let bytes = self.came.load(Ordering::Relaxed);
+            return Fault::Flooded { bytes };
+        }
+        if error.is_parse() || error.is_parse_status() || error.is_parse_too_large() {
+            return Fault::Malformed {
+                what: error.to_string(),
+            };
+        }
+        tracing::debug!(error = error as &dyn std::error::Error, got, "interrupted");
+        Fault::Interrupted { got }
+    }
 }
 
 /// Counts what comes.
 struct Counted {
     stream: Box<dyn Stream>,
     received: Arc<AtomicU64>,
+    meter: Arc<Meter>,
 }
 
 impl AsyncRead for Counted {
@@ -329,10 +389,14 @@ impl AsyncRead for Counted {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.meter.is_flooded() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         let before = buffer.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
         let read = buffer.filled().len() - before;
         self.received.fetch_add(read as u64, Ordering::Relaxed);
+        self.meter.came.fetch_add(read as u64, Ordering::Relaxed);
         polled
     }
 }

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::answer::{plain, refusal, stated_length};
 use super::client::{Caller, Flow, Server, blocking};
-use super::connection::{Connection, Sender, broken};
+use super::connection::{Connection, Meter, Sender};
 use super::spool::Slot;
 use super::url::check_path;
 use super::{Fault, FetchError};
@@ -19,9 +19,6 @@ use crate::commit::Sha256;
 
 /// What is held in memory, at most, for each request in flight.
 const SMALL: u64 = 128 << 10;
-
-/// What may come over the connection without a byte of one of the files: the others', in whichever order the server likes.
-const BARREN: u64 = 16 << 20;
 
 /// Requests in flight.
 const IN_FLIGHT: usize = 24;
@@ -84,12 +81,13 @@ impl Server {
         };
         let Connection {
             sender: Sender::Http2(sender),
+            meter,
             ..
         } = connection
         else {
             return Ok(false);
         };
-        let sender = sender.clone();
+        let (sender, meter) = (sender.clone(), meter.clone());
         let mut running = JoinSet::new();
         let mut waiting = files.iter();
         let mut outcome = Ok(());
@@ -97,13 +95,13 @@ impl Server {
             while outcome.is_ok() && running.len() < IN_FLIGHT {
                 let Some(file) = waiting.next() else { break };
                 let (caller, base) = self.shared();
-                let (sender, file) = (sender.clone(), (**file).clone());
+                let (sender, meter, file) = (sender.clone(), meter.clone(), (**file).clone());
                 let target = format!("{}{}", base.prefix, file.path);
                 let request =
                     check_path(&file.path).and_then(|()| caller.request(base, &target, true, None));
                 running.spawn(async move {
                     let fetched = match request {
-                        Ok(request) => one(sender, request, &caller, &file).await,
+                        Ok(request) => one(sender, request, &caller, &meter, &file).await,
                         Err(fault) => Err(fault),
                     };
                     (file, fetched)
@@ -127,12 +125,15 @@ async fn one(
     mut sender: hyper::client::conn::http2::SendRequest<http_body_util::Empty<bytes::Bytes>>,
     request: http::Request<http_body_util::Empty<bytes::Bytes>>,
     caller: &Arc<Caller>,
+    meter: &Arc<Meter>,
     file: &Wanted,
 ) -> Result<(), Fault> {
     let asked = async {
-        let lost = |error: hyper::Error| broken(&error, 0);
+        meter.asked();
+        let lost = |error: hyper::Error| meter.broken(&error, 0);
         sender.ready().await.map_err(lost)?;
-        sender.send_request(request).await.map_err(lost)
+        let answer = sender.send_request(request).await.map_err(lost)?;
+        Ok(meter.reads(answer))
     };
     let answer: Response<Incoming> = caller.head(asked).await?;
     if answer.status().as_u16() != 200 {
@@ -143,7 +144,7 @@ async fn one(
     if let Some(got) = stated_length(answer.headers()).filter(|got| *got != want) {
         return Err(Fault::WrongLength { want, got });
     }
-    let mut flow = Flow::new(answer.into_body(), &caller.config, BARREN);
+    let mut flow = Flow::new(answer, &caller.config);
     let mut bytes = Vec::new();
     while let Some(chunk) = flow.chunk().await? {
         if (bytes.len() + chunk.len()) as u64 > want {

@@ -79,6 +79,9 @@ pub enum Fault {
     /// The connection ended in the middle of an answer.
     #[error("the connection ended after {got} bytes; a later try continues from here")]
     Interrupted { got: u64 },
+    /// Much more came than was asked for, and it carried nothing.
+    #[error("{bytes} bytes came on the connection, most of them for nothing; look for tampering")]
+    Flooded { bytes: u64 },
     /// The server answered, but not with the file.
     #[error("the server answered {code}{}; {}", Wait(*.retry_after), remedy(*.code))]
     Status {
@@ -161,6 +164,7 @@ impl FetchError {
             | Fault::Stalled { .. }
             | Fault::TooSlow { .. }
             | Fault::Interrupted { .. }
+            | Fault::Flooded { .. }
             | Fault::Redirected { .. }
             | Fault::Encoded { .. }
             | Fault::Malformed { .. }
@@ -184,6 +188,7 @@ impl Fault {
             Self::Stalled { .. } => "stalled",
             Self::TooSlow { .. } => "too-slow",
             Self::Interrupted { .. } => "interrupted",
+            Self::Flooded { .. } => "flooded",
             Self::Status { .. } => "status",
             Self::Redirected { .. } => "redirected",
             Self::Encoded { .. } => "encoded",

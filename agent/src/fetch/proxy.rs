@@ -13,7 +13,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
-use super::connection::{broken, connect};
+use super::connection::{Meter, connect};
 use super::url::Base;
 use super::{Fault, Phase};
 
@@ -77,7 +77,7 @@ impl Hop {
     }
 
     async fn ask(&self, base: &Base, tcp: TcpStream) -> Result<TokioIo<Upgraded>, Fault> {
-        let lost = |error: hyper::Error| broken(&error, 0);
+        let lost = |error: hyper::Error| Meter::default().broken(&error, 0);
         let (mut sender, connection) = http1::Builder::new()
             .max_headers(64)
             .max_buf_size(16 << 10)

@@ -1065,6 +1065,22 @@ fn clause_5_5_1_5_6_1_an_announced_length_is_the_limit_unless_it_is_absurd() {
             })
         )
     );
+    // Without a hash the length promises nothing about the content.
+    chain
+        .snapshot
+        .0
+        .meta
+        .get_mut("targets.json")
+        .unwrap()
+        .hashes = None;
+    assert_eq!(announce(&mut chain, None).1, Ok(UNANNOUNCED_LIMIT));
+    assert_eq!(
+        announce(&mut chain, Some(UNANNOUNCED_LIMIT + 1)).1,
+        Err(Refusal::TooLong {
+            role: "targets".into(),
+            limit: UNANNOUNCED_LIMIT
+        })
+    );
 }
 
 #[test]
