@@ -27,6 +27,10 @@ packages=(
     nginx-light openssl
     # A TUF implementation and a store that are not ours.
     python3 python3-venv
+    # A client's key behind PKCS#11 and in a TPM.
+    softhsm2 opensc swtpm tpm2-tools
+    # What a program took.
+    time
     # What offshoot-fleet push runs.
     rsync
 )

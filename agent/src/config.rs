@@ -71,7 +71,10 @@ pub struct Identity {
     /// The certificate and those that lead to its authority, in PEM.
     pub certificate: PathBuf,
     /// Its private key, in PEM.
-    pub key: PathBuf,
+    pub key: Option<PathBuf>,
+    /// Instead of the key, a command that signs with it, wherever it is: [`crate::fetch`] says how it is asked.
+    #[serde(default)]
+    pub signer: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -32,7 +32,7 @@ use crate::config::{self, Config};
 use crate::decide::{Consent, Download, Step, Why};
 use crate::device::{self, Device, Observed};
 use crate::events;
-use crate::fetch::{Backoff, Directory, Server, ServerConfig, Source, poll_delay};
+use crate::fetch::{self, Backoff, Directory, Server, ServerConfig, Source, poll_delay};
 use crate::poll::{PollError, Poller};
 use crate::record::Hold;
 use crate::status::{self, Status};
@@ -576,6 +576,20 @@ impl Daemon {
     }
 }
 
+fn client(identity: &config::Identity) -> Result<fetch::Identity> {
+    let key = match (&identity.key, identity.signer.as_slice()) {
+        (Some(key), []) => fetch::ClientKey::File(key.clone()),
+        (None, [_, ..]) => fetch::ClientKey::Signer(identity.signer.clone()),
+        (Some(_), [_, ..]) | (None, []) => {
+            anyhow::bail!(
+                "server.identity has to have one of `key` and `signer`: put the key's file or the command there"
+            )
+        }
+    };
+    let chain = identity.certificate.clone();
+    Ok(fetch::Identity { chain, key })
+}
+
 fn source(config: &Config, floor: Time, received: &Arc<AtomicU64>) -> Result<Source> {
     let config::Server {
         url,
@@ -589,6 +603,7 @@ fn source(config: &Config, floor: Time, received: &Arc<AtomicU64>) -> Result<Sou
         proxy,
         no_proxy,
     } = &config.server;
+    let identity = identity.as_ref().map(client).transpose()?;
     let server = |url: &String| {
         let settings = ServerConfig {
             ca: ca.clone(),
@@ -597,9 +612,7 @@ fn source(config: &Config, floor: Time, received: &Arc<AtomicU64>) -> Result<Sou
             max_rate: *max_rate,
             proxy: proxy.clone(),
             no_proxy: no_proxy.clone(),
-            identity: identity
-                .as_ref()
-                .map(|identity| (identity.certificate.clone(), identity.key.clone())),
+            identity: identity.clone(),
             insecure_http: *insecure_http,
             floor,
             received: received.clone(),

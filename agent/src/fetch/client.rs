@@ -71,10 +71,25 @@ pub struct ServerConfig {
     pub proxy: Option<String>,
     /// Hosts, domains and networks that are reached without it, as curl's `no_proxy`.
     pub no_proxy: String,
-    /// The certificate chain and the private key that show the server who this is, in PEM.
-    pub identity: Option<(PathBuf, PathBuf)>,
+    /// What shows the server who this is.
+    pub identity: Option<Identity>,
     /// Counts the bytes that come over the wire, TLS and all: what is paid for.
     pub received: Arc<AtomicU64>,
+}
+
+/// A certificate chain in PEM, and its key.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub chain: PathBuf,
+    pub key: ClientKey,
+}
+
+#[derive(Clone, Debug)]
+pub enum ClientKey {
+    /// In PEM.
+    File(PathBuf),
+    /// A command that signs with it, and its arguments.
+    Signer(Vec<String>),
 }
 
 /// The one server, over a connection that is reused while it works.
@@ -129,9 +144,7 @@ impl Server {
     pub fn new(config: ServerConfig, user_agent: &str) -> anyhow::Result<Self> {
         let base = Base::parse(&config.url, config.insecure_http)
             .with_context(|| format!("the server's url {:?}", config.url))?;
-        let identity = config.identity.as_ref();
-        let identity = identity.map(|(chain, key)| (chain.as_path(), key.as_path()));
-        let tls = tls(config.ca.as_deref(), identity, config.floor)?;
+        let tls = tls(config.ca.as_deref(), config.identity.as_ref(), config.floor)?;
         let proxy = Proxy::new(config.proxy.as_deref(), &config.no_proxy)?;
         let user_agent = HeaderValue::from_str(user_agent)
             .with_context(|| format!("the user agent {user_agent:?}"))?;

@@ -26,9 +26,10 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsConnector;
 
+use super::client::{ClientKey, Identity};
 use super::proxy::Proxy;
 use super::url::Base;
-use super::{Fault, Phase, TlsFault};
+use super::{Fault, Phase, TlsFault, signer};
 
 const HEAD_LIMIT: usize = 32 << 10;
 const HEADERS_LIMIT: usize = 64;
@@ -202,10 +203,10 @@ impl TimeProvider for FlooredClock {
     }
 }
 
-/// What to offer and whom to trust: only the authorities in `ca`, or those of the system. `identity` is a chain and its key.
+/// What to offer and whom to trust: only the authorities in `ca`, or those of the system.
 pub(super) fn tls(
     ca: Option<&Path>,
-    identity: Option<(&Path, &Path)>,
+    identity: Option<&Identity>,
     floor: jiff::Timestamp,
 ) -> anyhow::Result<ClientConfig> {
     let mut roots = RootCertStore::empty();
@@ -253,21 +254,30 @@ pub(super) fn tls(
         .with_root_certificates(roots);
     let mut tls = match identity {
         None => trusting.with_no_client_auth(),
-        Some((chain, key)) => {
+        Some(Identity { chain, key }) => {
             let certificates = CertificateDer::pem_file_iter(chain)
                 .and_then(Iterator::collect::<Result<Vec<_>, _>>)
                 .with_context(|| format!("reading the client certificate {}", chain.display()))?;
-            let secret = PrivateKeyDer::from_pem_file(key)
-                .with_context(|| format!("reading the client key {}", key.display()))?;
-            trusting
-                .with_client_auth_cert(certificates, secret)
-                .with_context(|| {
-                    format!(
-                        "the client key {} and certificate {}",
-                        key.display(),
-                        chain.display()
-                    )
-                })?
+            match key {
+                ClientKey::File(key) => {
+                    let secret = PrivateKeyDer::from_pem_file(key)
+                        .with_context(|| format!("reading the client key {}", key.display()))?;
+                    trusting
+                        .with_client_auth_cert(certificates, secret)
+                        .with_context(|| {
+                            format!(
+                                "the client key {} and certificate {}",
+                                key.display(),
+                                chain.display()
+                            )
+                        })?
+                }
+                ClientKey::Signer(command) => {
+                    let certified = signer::certified(certificates, command.clone())
+                        .with_context(|| format!("the client certificate {}", chain.display()))?;
+                    trusting.with_client_cert_resolver(Arc::new(certified))
+                }
+            }
         }
     };
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
@@ -291,6 +301,12 @@ async fn within<T>(
                 .get_ref()
                 .and_then(|inner| inner.downcast_ref::<rustls::Error>())
             {
+                Some(rustls::Error::Other(rustls::OtherError(inner))) => {
+                    match inner.downcast_ref::<signer::NotSigned>() {
+                        Some(signer::NotSigned { what }) => Fault::NotSigned { what: what.clone() },
+                        None => Fault::Tls(TlsFault::Other(inner.to_string())),
+                    }
+                }
                 Some(error) => Fault::Tls(refused(error)),
                 None => Fault::Unreachable {
                     phase,

@@ -29,11 +29,12 @@ mod connection;
 mod directory;
 mod many;
 mod proxy;
+mod signer;
 mod source;
 mod spool;
 mod url;
 
-pub use client::{Reply, Server, ServerConfig};
+pub use client::{ClientKey, Identity, Reply, Server, ServerConfig};
 pub use directory::Directory;
 pub use many::Wanted;
 pub use source::Source;
@@ -65,6 +66,9 @@ pub enum Fault {
     /// The server's certificate, or the device's clock or trust in it.
     #[error("the server's certificate was refused: {0}")]
     Tls(TlsFault),
+    /// The client's key, which is not a file.
+    #[error("the client's key did not sign: {what}; try `server.identity.signer` by hand")]
+    NotSigned { what: String },
     /// The proxy that the configuration names.
     #[error("the proxy answered {code} to CONNECT; {}", proxy_remedy(*.code))]
     Proxy { code: u16 },
@@ -160,6 +164,7 @@ impl FetchError {
             | Fault::BadPath { .. }
             | Fault::Unreachable { .. }
             | Fault::Tls(_)
+            | Fault::NotSigned { .. }
             | Fault::Proxy { .. }
             | Fault::Stalled { .. }
             | Fault::TooSlow { .. }
@@ -184,6 +189,7 @@ impl Fault {
             Self::BadPath { .. } => "bad-path",
             Self::Unreachable { .. } => "unreachable",
             Self::Tls(_) => "tls",
+            Self::NotSigned { .. } => "not-signed",
             Self::Proxy { .. } => "proxy",
             Self::Stalled { .. } => "stalled",
             Self::TooSlow { .. } => "too-slow",

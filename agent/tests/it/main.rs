@@ -22,6 +22,7 @@ mod machine;
 mod network;
 mod selftest;
 mod server;
+mod signer;
 mod tuf;
 mod update;
 

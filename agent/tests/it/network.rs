@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use offshoot::commit::{Commit, Sha256};
 use offshoot::fetch::{
-    Directory, Fault, Name, Phase, Reply, Server, ServerConfig, Slot, Source, Spool,
+    self, ClientKey, Directory, Fault, Name, Phase, Reply, Server, ServerConfig, Slot, Source,
+    Spool,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
@@ -275,7 +276,10 @@ async fn a_server_that_knows_its_clients_is_shown_the_certificate() {
     let server = TestServer::start(Some(&bench.identity), honest).await;
     let at = |name: &str| bench.identity.directory.path().join(name);
     let known = ServerConfig {
-        identity: Some((at("client.pem"), at("client-key.pem"))),
+        identity: Some(fetch::Identity {
+            chain: at("client.pem"),
+            key: ClientKey::File(at("client-key.pem")),
+        }),
         ..bench.config(&server)
     };
     let mut source = Source::from(client(known.clone()));
@@ -287,7 +291,10 @@ async fn a_server_that_knows_its_clients_is_shown_the_certificate() {
     // The key of somebody else, and no key: said at the start.
     for key in [at("key.pem"), at("ca.pem"), at("nowhere")] {
         let wrong = ServerConfig {
-            identity: Some((at("client.pem"), key)),
+            identity: Some(fetch::Identity {
+                chain: at("client.pem"),
+                key: ClientKey::File(key),
+            }),
             ..known.clone()
         };
         assert!(Server::new(wrong, "offshoot/0.1.0").is_err());
