@@ -170,6 +170,43 @@ async fn a_good_release_is_confirmed_after_exactly_one_boot() {
 }
 
 #[tokio::test]
+async fn a_pinned_deployment_stays_where_another_makes_room() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    let mut kept = vec![machine.factory];
+    for (version, pin) in [("two", true), ("three", false), ("four", false)] {
+        if pin {
+            (machine.bench).ostree(&["admin", "--sysroot=sysroot", "pin", "0"]);
+        }
+        let target = machine.publish(version);
+        let booted = Daemon::start(&machine).until_reboot(&machine).await;
+        assert_eq!(booted.commit, target);
+        machine.confirm();
+        let mut daemon = Daemon::start(&machine);
+        daemon.waits(Why::UpToDate).await;
+        daemon.stop().await;
+        kept.insert(0, target);
+    }
+    // The second release made room for the fourth; the first is pinned.
+    assert_eq!(machine.deployments(), [kept[0], kept[1], machine.factory]);
+}
+
+#[tokio::test]
+async fn nothing_is_fetched_for_a_bootloader_that_does_not_count() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    machine.publish("two");
+    let config = machine.path("sysroot/boot/loader/grub.cfg");
+    std::fs::write(&config, "menuentry 'an image without the script' {}\n").unwrap();
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon.waits(Why::Unprotected).await;
+    assert!(!status.protected);
+    assert_eq!(asked(&server, "deltas"), Vec::<String>::new());
+    assert_eq!(machine.record().phase, Phase::Idle);
+    daemon.stop().await;
+}
+
+#[tokio::test]
 async fn a_release_that_never_confirms_falls_back_after_three_tries_and_is_not_tried_again() {
     let mut machine = Machine::new();
     let server = machine.server().await;

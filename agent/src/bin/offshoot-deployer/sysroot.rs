@@ -507,11 +507,16 @@ impl Locked {
             .split_ascii_whitespace()
             .filter(|argument| !argument.starts_with("ostree="))
             .collect();
+        // What an operator said of the running deployment, that it is pinned, is not said of the new one. Its own file keeps it.
+        let origin = merge.origin();
+        if let Some(origin) = &origin {
+            ostree::Deployment::origin_remove_transient_state(origin);
+        }
         let new = sysroot
             .deploy_tree(
                 Some(&os),
                 &checksum,
-                merge.origin().as_ref(),
+                origin.as_ref(),
                 Some(&merge),
                 &kernel_arguments,
                 NONE,
