@@ -33,6 +33,8 @@ packages=(
     time
     # What offshoot-fleet push runs.
     rsync
+    # Tokens behind PKCS#11.
+    softhsm2
 )
 # Version 7.2, bookworm's own, miscompiles cmpxchg16b under emulation, and the guest's kernel dies of it.
 qemu_at_least=10

@@ -185,6 +185,18 @@ enum KeyVerb {
         #[arg(long)]
         encrypt: bool,
     },
+    /// Use a key that is in a token behind PKCS#11, and print its public half.
+    ///
+    /// Writes NAME.pkcs11 with the URI and the public half. The PIN is in the URI's pin-source, or asked for as a passphrase is. Make the key
+    /// with the token's own tools: ed25519, or ECDSA with P-256 or P-384, which devices verify if their agent has the feature spki.
+    ///
+    /// Example: offshoot-fleet key attach targets-2 'pkcs11:token=acme;object=targets?module-path=/usr/lib/softhsm/libsofthsm2.so'
+    Attach {
+        /// The name of its file in `keys`, without .pkcs11.
+        name: String,
+        /// Which key of which token (RFC 7512), with module-path.
+        uri: String,
+    },
     /// Print the public half of a key, in PEM.
     Public {
         /// The name of its file in `keys`, without .pem.
@@ -334,6 +346,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 Kept::File
             };
             split::public(&arguments.keys().make(name, kept)?, json)
+        }
+        Verb::Key(KeyVerb::Attach { name, uri }) => {
+            split::public(&arguments.keys().attach(name, uri)?, json)
         }
         Verb::Key(KeyVerb::Public { name }) => split::public(&arguments.keys().named(name)?, json),
         Verb::Key(KeyVerb::Encrypt { name }) => {

@@ -6,7 +6,8 @@
 //! | `timestamp`, `snapshot`, `targets` | `timestamp.pem` …; after a rotation `timestamp-2.pem` … |
 //! | a channel | `channel-<name>.pem`, `channel-<name>-2.pem` … |
 //!
-//! A `.pem` is an ed25519 private key, as it is or encrypted. What is made here is ed25519.
+//! A `.pem` is an ed25519 private key, as it is or encrypted. A `.pkcs11` in its place says which key of which token it is. What is
+//! made here is ed25519.
 //!
 //! A name only says where to look: which key signs for a role is what the role's delegator says. A key that is kept elsewhere is one
 //! that this machine cannot sign with, and is said so when its signature is needed. What a key signs for is known without its passphrase.
@@ -14,13 +15,14 @@
 mod file;
 pub(crate) mod passphrase;
 mod public;
+mod token;
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use ed25519_dalek::{Signer as _, SigningKey};
 use offshoot::trust::schema::{Key, RoleKeys, RoleName, Signature};
 use serde::Serialize;
@@ -46,6 +48,10 @@ pub(crate) struct Signer {
 
 enum Secret {
     Plain(SigningKey),
+    Token {
+        uri: token::Uri,
+        passphrases: Passphrases,
+    },
     Encrypted {
         path: PathBuf,
         passphrases: Passphrases,
@@ -58,6 +64,8 @@ enum Secret {
 pub(crate) enum Kept {
     File,
     Encrypted,
+    /// Behind PKCS#11.
+    Token,
 }
 
 /// The stem of a channel's key file.
@@ -75,33 +83,61 @@ impl Keys {
 
     /// Makes a key and keeps it; never over another one.
     pub(crate) fn generate(&self, stem: &str, kept: Kept) -> Result<Signer> {
+        self.is_free(stem)?;
         let path = self.path(stem);
-        ensure!(
-            !path.exists(),
-            "{} exists, and no key is overwritten: move it away",
-            path.display()
-        );
         let secret = file::make()?;
         let passphrase = match kept {
             Kept::File => None,
             // Asked for once, of all that are made in one run.
             Kept::Encrypted => Some(self.passphrases.of_new("the new keys")?),
+            Kept::Token => bail!(
+                "the keys beside {stem} are in a token, and keys are not made there: make one with its tools, `offshoot-fleet key attach {stem} URI`, `offshoot-fleet key public {stem}`, and name that with --public"
+            ),
         };
         let passphrase = passphrase.as_deref().map(String::as_str);
         write_secret(&path, file::text(&secret, passphrase)?.as_bytes())?;
-        Signer::new(Secret::Plain(secret), stem)
+        Signer::new(secret, stem)
     }
 
     /// Makes a key under the next number that is free.
     pub(crate) fn generate_next(&self, stem: &str, kept: Kept) -> Result<Signer> {
         let mut names = (2u32..).map(|number| format!("{stem}-{number}"));
-        let free = names.find(|name| !self.path(name).exists());
+        let free = names.find(|name| self.is_free(name).is_ok());
         let free = free.with_context(|| format!("no number is free for a key of {stem}"))?;
         self.generate(&free, kept)
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.join(format!("{name}.pem"))
+    }
+
+    /// A key in a token, under a name; its file says where it is.
+    pub(crate) fn attach(&self, name: &str, uri: &str) -> Result<Signer> {
+        self.make_directory()?;
+        self.is_free(name)?;
+        let uri = token::Uri::parse(uri)?;
+        let key = token::find(&uri, &self.passphrases)?;
+        let path = self.directory.join(format!("{name}.pkcs11"));
+        write_secret(&path, token::text(&uri, &key)?.as_bytes())?;
+        self.load(&path)
+    }
+
+    fn is_free(&self, name: &str) -> Result<()> {
+        for path in self.paths(name) {
+            ensure!(
+                !path.exists(),
+                "{} exists, and no key is overwritten: move it away",
+                path.display()
+            );
+        }
+        Ok(())
+    }
+
+    fn paths(&self, name: &str) -> [PathBuf; 2] {
+        [
+            self.path(name),
+            self.directory.join(format!("{name}.pkcs11")),
+        ]
     }
 
     /// Those of the keys of a role that are here. `stem` is the name of its files without a number.
@@ -122,15 +158,16 @@ impl Keys {
 
     /// The key in the file of this name, if there is one.
     pub(crate) fn only(&self, stem: &str) -> Result<Option<Signer>> {
-        let path = self.path(stem);
-        path.exists().then(|| self.load(&path)).transpose()
+        let found = self.paths(stem).into_iter().find(|path| path.exists());
+        found.map(|path| self.load(&path)).transpose()
     }
 
     /// How a key that joins those of a role is kept: as they are.
     pub(crate) fn kept_like(&self, stem: &str) -> Result<Kept> {
         for path in self.files(stem)? {
-            if self.load(&path)?.kept() == Kept::Encrypted {
-                return Ok(Kept::Encrypted);
+            let kept = self.load(&path)?.kept();
+            if kept != Kept::File {
+                return Ok(kept);
             }
         }
         Ok(Kept::File)
@@ -138,12 +175,17 @@ impl Keys {
 
     /// A key of any name, on a machine that may have no other part of a fleet.
     pub(crate) fn make(&self, name: &str, kept: Kept) -> Result<Signer> {
-        if !self.directory.exists() {
-            crate::writer::make_directory(&self.directory)
-                .and_then(|()| fs::set_permissions(&self.directory, Permissions::from_mode(0o700)))
-                .with_context(|| format!("making {}", self.directory.display()))?;
-        }
+        self.make_directory()?;
         self.generate(name, kept)
+    }
+
+    fn make_directory(&self) -> Result<()> {
+        if self.directory.exists() {
+            return Ok(());
+        }
+        crate::writer::make_directory(&self.directory)
+            .and_then(|()| fs::set_permissions(&self.directory, Permissions::from_mode(0o700)))
+            .with_context(|| format!("making {}", self.directory.display()))
     }
 
     /// The key of this name.
@@ -174,7 +216,10 @@ impl Keys {
         for entry in fs::read_dir(&self.directory).with_context(reading)? {
             let path = entry.with_context(reading)?.path();
             let name = path.file_name().and_then(|name| name.to_str());
-            let rest = name.and_then(|name| name.strip_suffix(".pem")?.strip_prefix(stem));
+            let rest = name.and_then(|name| {
+                let name = name.strip_suffix(".pem").or(name.strip_suffix(".pkcs11"));
+                name?.strip_prefix(stem)
+            });
             let numbered = |rest: &str| {
                 rest.strip_prefix('-')
                     .is_some_and(|number| number.parse::<u32>().is_ok())
@@ -188,8 +233,13 @@ impl Keys {
 
     fn load(&self, path: &Path) -> Result<Signer> {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        if path.extension().is_some_and(|end| end == "pkcs11") {
+            let (uri, key) = token::read(path)?;
+            let passphrases = self.passphrases.clone();
+            return Signer::with_key(Secret::Token { uri, passphrases }, key, &name);
+        }
         match file::read(path, &self.passphrases)? {
-            file::Content::Plain(secret) => Signer::new(Secret::Plain(secret), &name),
+            file::Content::Plain(secret) => Signer::new(secret, &name),
             file::Content::Encrypted(key) => {
                 let secret = Secret::Encrypted {
                     path: path.to_owned(),
@@ -202,15 +252,9 @@ impl Keys {
 }
 
 impl Signer {
-    fn new(secret: Secret, name: &str) -> Result<Self> {
-        let key = match &secret {
-            Secret::Plain(secret) => Key::ed25519(&secret.verifying_key().to_bytes()),
-            Secret::Encrypted { path, passphrases } => {
-                let secret = file::open(path, passphrases)?;
-                Key::ed25519(&secret.verifying_key().to_bytes())
-            }
-        };
-        Self::with_key(secret, key, name)
+    fn new(secret: SigningKey, name: &str) -> Result<Self> {
+        let key = Key::ed25519(&secret.verifying_key().to_bytes());
+        Self::with_key(Secret::Plain(secret), key, name)
     }
 
     fn with_key(secret: Secret, key: Key, name: &str) -> Result<Self> {
@@ -226,6 +270,7 @@ impl Signer {
         match self.secret {
             Secret::Plain(_) => Kept::File,
             Secret::Encrypted { .. } => Kept::Encrypted,
+            Secret::Token { .. } => Kept::Token,
         }
     }
 
@@ -234,6 +279,7 @@ impl Signer {
         match &self.secret {
             Secret::Plain(_) => true,
             Secret::Encrypted { passphrases, .. } => passphrases.are_at_hand(),
+            Secret::Token { uri, passphrases } => uri.is_ready(passphrases),
         }
     }
 
@@ -250,6 +296,12 @@ impl Signer {
                     path.display()
                 );
                 &opened
+            }
+            Secret::Token { uri, passphrases } => {
+                return Ok(Signature {
+                    keyid: self.keyid.clone(),
+                    sig: token::sign(uri, &self.key, bytes, passphrases)?,
+                });
             }
         };
         Ok(Signature {

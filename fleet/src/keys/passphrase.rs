@@ -90,6 +90,14 @@ impl Passphrases {
         Ok(secret)
     }
 
+    /// The PIN of a token, asked for once: a passphrase that was typed is not tried.
+    pub(crate) fn pin(&self, what: &str) -> Result<Secret> {
+        match self.given()? {
+            Some(given) => Ok(given),
+            None => prompt(&format!("PIN of {what}: ")),
+        }
+    }
+
     fn given(&self) -> Result<Option<Secret>> {
         match &self.source {
             Source::Terminal => Ok(None),

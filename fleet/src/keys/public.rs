@@ -13,26 +13,27 @@ use pkcs8::der::Document;
 use pkcs8::{ObjectIdentifier, SubjectPublicKeyInfoRef};
 
 const LABEL: &str = "PUBLIC KEY";
-const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
+pub(super) const EC: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.2.1");
 const P256: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.2.840.10045.3.1.7");
 const P384: ObjectIdentifier = ObjectIdentifier::new_unwrap("1.3.132.0.34");
 
 /// From a file: ed25519, or ECDSA with P-256 or P-384.
 pub(crate) fn read_public(path: &Path) -> Result<Key> {
     let text = fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
-    let read = || -> Result<Key> {
-        let (label, document) = Document::from_pem(&text).map_err(|error| anyhow!("{error}"))?;
-        if label != LABEL {
-            bail!("it holds {label:?}");
-        }
-        from_der(&document)
-    };
-    read().with_context(|| {
+    parse(&text).with_context(|| {
         format!(
             "{} is not a public key in PEM: `offshoot-fleet key public` writes one",
             path.display()
         )
     })
+}
+
+pub(super) fn parse(pem: &str) -> Result<Key> {
+    let (label, document) = Document::from_pem(pem).map_err(|error| anyhow!("{error}"))?;
+    if label != LABEL {
+        bail!("it holds {label:?}");
+    }
+    from_der(&document)
 }
 
 /// As it is in the metadata.

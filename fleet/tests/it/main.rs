@@ -19,3 +19,4 @@ mod push;
 mod python_tuf;
 mod serve;
 mod sign;
+mod token;
