@@ -17,8 +17,8 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::directory::{Busy, Fleet};
+use crate::keys::Keys;
 use crate::keys::passphrase::Passphrases;
-use crate::keys::{Kept, Keys};
 use crate::prepared::Goal;
 use crate::publication::Below;
 use crate::{compose, init, objects, prune, publish, refresh, serve, status};
@@ -77,7 +77,7 @@ enum Verb {
     Channel(ChannelVerb),
     /// Look after the files of keys.
     #[command(subcommand)]
-    Key(KeyVerb),
+    Key(split::KeyVerb),
     Compose(ComposeArguments),
     Publish(PublishArguments),
     Image(Box<image::ImageArguments>),
@@ -168,47 +168,6 @@ enum ChannelVerb {
         /// Others sign: leave what they sign in `prepared`.
         #[arg(long)]
         prepare: bool,
-    },
-}
-
-#[derive(Subcommand)]
-enum KeyVerb {
-    /// Make a key on the machine where it is to stay, and print its public half.
-    ///
-    /// The machine needs no other part of a fleet. Take the public half to the operator's directory: `rotate --public FILE` there.
-    ///
-    /// Example: offshoot-fleet --fleet alice key new --encrypt channel-stable > alice.pub
-    New {
-        /// The name of its file in `keys`, without .pem: that of the role (root-1, targets, channel-stable).
-        name: String,
-        /// Give it a passphrase.
-        #[arg(long)]
-        encrypt: bool,
-    },
-    /// Use a key that is in a token behind PKCS#11, and print its public half.
-    ///
-    /// Writes NAME.pkcs11 with the URI and the public half. The PIN is in the URI's pin-source, or asked for as a passphrase is. Make the key
-    /// with the token's own tools: ed25519, or ECDSA with P-256 or P-384, which devices verify if their agent has the feature spki.
-    ///
-    /// Example: offshoot-fleet key attach targets-2 'pkcs11:token=acme;object=targets?module-path=/usr/lib/softhsm/libsofthsm2.so'
-    Attach {
-        /// The name of its file in `keys`, without .pkcs11.
-        name: String,
-        /// Which key of which token (RFC 7512), with module-path.
-        uri: String,
-    },
-    /// Print the public half of a key, in PEM.
-    Public {
-        /// The name of its file in `keys`, without .pem.
-        name: String,
-    },
-    /// Give a key a passphrase.
-    ///
-    /// The file is PKCS#8, encrypted with AES-256 and a key from scrypt, as `openssl pkey` reads it. Copies that were made before are not
-    /// encrypted.
-    Encrypt {
-        /// The name of a file in `keys`, without .pem.
-        name: String,
     },
 }
 
@@ -339,25 +298,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 })
             })
         }
-        Verb::Key(KeyVerb::New { name, encrypt }) => {
-            let kept = if *encrypt {
-                Kept::Encrypted
-            } else {
-                Kept::File
-            };
-            split::public(&arguments.keys().make(name, kept)?, json)
-        }
-        Verb::Key(KeyVerb::Attach { name, uri }) => {
-            split::public(&arguments.keys().attach(name, uri)?, json)
-        }
-        Verb::Key(KeyVerb::Public { name }) => split::public(&arguments.keys().named(name)?, json),
-        Verb::Key(KeyVerb::Encrypt { name }) => {
-            let done = arguments.keys().encrypt(name)?;
-            say(json, &json!({"key": name, "changed": done}), || {
-                let already = if done { "" } else { " already" };
-                format!("{name} has a passphrase{already}")
-            })
-        }
+        Verb::Key(verb) => split::key(&arguments.keys(), verb, json),
         Verb::Compose(options) => composing(directory, options, json),
         Verb::Publish(options) => {
             let request = publish::Request {

@@ -7,6 +7,7 @@
 //! | `repo/` | the OSTree repository |
 //! | `public/` | what a web server serves |
 //! | `root.json` | the newest root, for images |
+//! | `prepared/` | what waits for signatures, see [`crate::prepared`] |
 //! | `.lock` | held by whoever publishes |
 //! | `.scratch/` | what is being made; removed by the next one who publishes |
 //!

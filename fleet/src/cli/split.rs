@@ -3,15 +3,56 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Args, Subcommand};
 use jiff::Timestamp as Time;
 use serde_json::json;
 
 use super::{out, refreshed, say, warn};
 use crate::directory::Fleet;
-use crate::keys::{self, Keys, Signer};
+use crate::keys::{self, Kept, Keys, Signer};
 use crate::prepared::{self, Content, Goal, Sheet};
 use crate::rotate::{self, Change};
+
+#[derive(Subcommand)]
+pub(super) enum KeyVerb {
+    /// Make a key on the machine where it is to stay, and print its public half.
+    ///
+    /// The machine needs no other part of a fleet. Take the public half to the operator's directory: `rotate --public FILE` there.
+    ///
+    /// Example: offshoot-fleet --fleet alice key new --encrypt channel-stable > alice.pub
+    New {
+        /// The name of its file in `keys`, without .pem: that of the role (root-1, targets, channel-stable).
+        name: String,
+        /// Give it a passphrase.
+        #[arg(long)]
+        encrypt: bool,
+    },
+    /// Use a key that is in a token behind PKCS#11, and print its public half.
+    ///
+    /// Writes NAME.pkcs11 with the URI and the public half. The PIN is in the URI's pin-source, or asked for as a passphrase is. Make the key
+    /// with the token's own tools: ed25519, or ECDSA with P-256 or P-384, which devices verify if their agent has the feature spki.
+    ///
+    /// Example: offshoot-fleet key attach targets-2 'pkcs11:token=acme;object=targets?module-path=/usr/lib/softhsm/libsofthsm2.so'
+    Attach {
+        /// The name of its file in `keys`, without .pkcs11.
+        name: String,
+        /// Which key of which token (RFC 7512), with module-path.
+        uri: String,
+    },
+    /// Print the public half of a key, in PEM.
+    Public {
+        /// The name of its file in `keys`, without .pem.
+        name: String,
+    },
+    /// Give a key a passphrase.
+    ///
+    /// The file is PKCS#8, encrypted with AES-256 and a key from scrypt, as `openssl pkey` reads it. Copies that were made before are not
+    /// encrypted.
+    Encrypt {
+        /// The name of a file in `keys`, without .pem.
+        name: String,
+    },
+}
 
 /// Replace a key of a role by a new one, or change how many keys it has and how many of them must sign.
 ///
@@ -71,6 +112,28 @@ pub(super) struct SignArguments {
 pub(super) struct CompleteArguments {
     /// Signed copies of files in `prepared`.
     files: Vec<PathBuf>,
+}
+
+pub(super) fn key(keys: &Keys, verb: &KeyVerb, json: bool) -> Result<()> {
+    match verb {
+        KeyVerb::New { name, encrypt } => {
+            let kept = if *encrypt {
+                Kept::Encrypted
+            } else {
+                Kept::File
+            };
+            public(&keys.make(name, kept)?, json)
+        }
+        KeyVerb::Attach { name, uri } => public(&keys.attach(name, uri)?, json),
+        KeyVerb::Public { name } => public(&keys.named(name)?, json),
+        KeyVerb::Encrypt { name } => {
+            let done = keys.encrypt(name)?;
+            say(json, &json!({"key": name, "changed": done}), || {
+                let already = if done { "" } else { " already" };
+                format!("{name} has a passphrase{already}")
+            })
+        }
+    }
 }
 
 pub(super) fn rotate(
@@ -175,7 +238,7 @@ pub(super) fn complete(
     })
 }
 
-pub(super) fn public(signer: &Signer, json: bool) -> Result<()> {
+fn public(signer: &Signer, json: bool) -> Result<()> {
     let pem = keys::to_pem(&signer.key)?;
     if json {
         let answer = json!({"name": signer.name, "keyid": signer.keyid, "kept": signer.kept(), "public": pem});

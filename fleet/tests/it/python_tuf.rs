@@ -11,6 +11,16 @@ use crate::bench::Bench;
 #[path = "../../../agent/tests/it/tuf/process.rs"]
 mod process;
 
+/// The versions that it reads, from the first root to the file of a target.
+pub(crate) fn versions(bench: &Bench, target: &str) -> Value {
+    let mut python = process::Process::start();
+    let url = python.call(&json!({"do": "serve", "with": [bench.public()]}));
+    let read = json!({"do": "read", "by": {
+        "url": url.unwrap(), "root": bench.path("fleet/public/metadata/1.root.json"), "directory": bench.path("python"), "targets": [target],
+    }});
+    python.call(&read).unwrap()["versions"].take()
+}
+
 #[test]
 fn python_tuf_verifies_what_is_published_and_downloads_the_commit() {
     let bench = Bench::new();

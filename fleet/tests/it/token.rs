@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::bench::Bench;
 use crate::device::checked;
+use crate::python_tuf;
 
 const MODULE: &str = "/usr/lib/softhsm/libsofthsm2.so";
 
@@ -141,6 +142,8 @@ fn every_role_is_signed_by_keys_that_no_file_holds() {
     token.run(&publish);
     token.device_sees("1.0.0");
     token.run(&["fsck"]);
+    let versions = python_tuf::versions(bench, "stable/qemu-x86_64/1.0.0.commit");
+    assert_eq!(versions["root"], json!(5));
     // What is asked needs no token.
     let status = bench.run(&["status"]);
     let kept = status["roles"].as_array().unwrap().iter();
