@@ -315,7 +315,7 @@ fn attributes(text: &str, separator: char) -> Result<Vec<(&str, Vec<u8>)>> {
             if byte == b'%' {
                 let digits: Vec<u8> = rest.by_ref().take(2).collect();
                 let digit = std::str::from_utf8(&digits).ok().and_then(super::from_hex);
-                let digit = digit.filter(|digit| digit.len() == 1);
+                let digit = digit.filter(|_| digits.len() == 2);
                 bytes.extend(digit.with_context(|| {
                     format!("{attribute:?}: after % come two hexadecimal digits")
                 })?);

@@ -191,22 +191,17 @@ fn openssl_reads_what_is_encrypted_and_what_openssl_encrypts_is_read() {
     bench.compose("1.0.0", 9);
     bench.publish("stable", "1.0.0", &["--passphrase-file=passphrase"]);
     // What is above a key speaks of that key.
-    let other = targets.replace(
-        &digits[..8],
-        if digits.starts_with('0') {
-            "11111111"
-        } else {
-            "00000000"
-        },
-    );
-    fs::write(bench.path("fleet/keys/targets.pem"), other).unwrap();
-    assert_eq!(
-        bench
-            .output(&["rotate", "stable", "--passphrase-file=passphrase"])
-            .status
-            .code(),
-        Some(1)
-    );
+    let stable = fs::read_to_string(bench.path("fleet/keys/channel-stable.pem")).unwrap();
+    let (says, _) = targets.split_once('\n').unwrap();
+    let (_, holds) = stable.split_once('\n').unwrap();
+    fs::write(
+        bench.path("fleet/keys/targets.pem"),
+        format!("{says}\n{holds}"),
+    )
+    .unwrap();
+    bench.fails(&["rotate", "stable", "--passphrase-file=passphrase"], 1);
+    fs::write(bench.path("fleet/keys/targets.pem"), stable).unwrap();
+    bench.fails(&["rotate", "stable", "--passphrase-file=passphrase"], 6);
 }
 
 #[test]

@@ -246,7 +246,7 @@ fn what_is_not_a_release_is_refused_and_nothing_is_published() {
             .output(&Bench::publishing("stable", "1.0.0", &[]))
             .status
             .code(),
-        Some(1)
+        Some(6)
     );
     assert_eq!(
         bench
