@@ -8,7 +8,7 @@ help:
 	@echo 'make demo         the main job, live: a good release kept, a broken one rolled back'
 	@echo 'make test         all tests, the machines in QEMU included'
 	@echo 'make test-all     the same, and every story on arm64 under U-Boot, in both ways of counting'
-	@echo 'make bench        the memory that the daemon takes, beside a process that links libostree'
+	@echo 'make bench        what the daemon and each way to a release take, beside libostree'
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
 	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'
 	@echo 'make shell        a root shell on such a machine'
@@ -37,6 +37,7 @@ test-all: binaries
 
 bench: binaries
 	@cargo run --locked --quiet --package qemu-tests -- footprint
+	@cargo run --locked --quiet --package qemu-tests -- routes
 
 conformance: setup
 	agent/tests/tuf/conformance.sh "$(SUITE)"

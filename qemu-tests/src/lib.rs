@@ -8,7 +8,7 @@
 //! - [`uboot`]: a real U-Boot, built, and run alone.
 //! - [`vm`]: a machine with that disk: watched, asked, reset, and cut off from its power.
 //! - [`mod@bench`]: all of these together.
-//! - [`demo`]: the main job, told live; [`footprint`]: the memory that the daemon takes.
+//! - [`demo`]: the main job, told live; [`footprint`]: the memory that the daemon takes; [`routes`]: what each way to a release costs.
 //! - [`cache`]: what is kept between runs; [`host`]: the build host's tools.
 
 pub mod bench;
@@ -21,6 +21,7 @@ pub mod host;
 pub mod image;
 pub mod os;
 pub mod release;
+pub mod routes;
 pub mod server;
 pub mod uboot;
 pub mod vm;

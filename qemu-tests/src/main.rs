@@ -1,4 +1,4 @@
-//! `qemu-tests`: tells the main job live, measures the daemon's memory, builds the test bed's disk image, and offers a shell on a machine that runs it.
+//! `qemu-tests`: tells the main job live, measures the daemon's memory and the ways to a release, builds the test bed's disk image, and offers a shell on a machine that runs it.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use qemu_tests::board::Board;
 use qemu_tests::cache::Cache;
 use qemu_tests::vm::{Options, Vm};
-use qemu_tests::{demo, footprint, image};
+use qemu_tests::{demo, footprint, image, routes};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -29,6 +29,7 @@ fn main() -> Result<()> {
         }
         ["demo"] => demo::demo(),
         ["footprint"] => footprint::footprint(),
-        _ => bail!("usage: qemu-tests demo|footprint|image|shell"),
+        ["routes"] => routes::routes(&cache),
+        _ => bail!("usage: qemu-tests demo|footprint|image|routes|shell"),
     }
 }

@@ -28,7 +28,39 @@ pub fn base_tree(cache: &Cache, board: Board) -> Result<PathBuf> {
     };
     let entry = cache.entry(name, ingredients, |directory| {
         host::timed(&format!("building the base OS for {architecture}"), || {
-            bootstrap(&recipe, architecture, &directory.join("tree"))
+            bootstrap(
+                &recipe,
+                architecture,
+                &Packages::default(),
+                &directory.join("tree"),
+            )
+        })
+    })?;
+    Ok(entry.join("tree"))
+}
+
+/// Which of Debian's packages an OS is made of, beside those of the recipe.
+#[derive(Clone, Copy, Default)]
+pub struct Packages<'a> {
+    pub more: &'a [&'a str],
+    /// As in sources.list; without any, the main archive.
+    pub sources: &'a [&'a str],
+    /// As in apt_preferences(5).
+    pub preferences: &'a str,
+}
+
+/// Another tree like the base tree for a PC, of other packages.
+pub fn tree_of(cache: &Cache, name: &str, packages: &Packages<'_>) -> Result<PathBuf> {
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("os");
+    let ingredients = [packages.more, packages.sources, &[packages.preferences]].concat();
+    let ingredients = (ingredients.iter())
+        .fold(Ingredients::default().text(SUITE), |all, text| {
+            all.text(text)
+        })
+        .path(&recipe)?;
+    let entry = cache.entry(name, ingredients, |directory| {
+        host::timed(&format!("building {name}"), || {
+            bootstrap(&recipe, "amd64", packages, &directory.join("tree"))
         })
     })?;
     Ok(entry.join("tree"))
@@ -64,7 +96,7 @@ fn let_foreign_programs_run(architecture: &str) -> Result<()> {
         .with_context(|| format!("telling {KERNEL} how arm64 programs are run"))
 }
 
-fn bootstrap(recipe: &Path, architecture: &str, tree: &Path) -> Result<()> {
+fn bootstrap(recipe: &Path, architecture: &str, more: &Packages<'_>, tree: &Path) -> Result<()> {
     if architecture == "arm64" {
         let_foreign_programs_run(architecture)?;
     }
@@ -74,7 +106,11 @@ fn bootstrap(recipe: &Path, architecture: &str, tree: &Path) -> Result<()> {
         .lines()
         .map(str::trim)
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .chain(more.more.iter().copied())
         .collect();
+    let preferences = tempfile::NamedTempFile::new()?;
+    fs::write(preferences.path(), more.preferences)?;
+    let preferences = preferences.path().display();
     host::run(
         Command::new("mmdebstrap")
             .arg("--variant=minbase")
@@ -86,8 +122,14 @@ fn bootstrap(recipe: &Path, architecture: &str, tree: &Path) -> Result<()> {
                 "--customize-hook={}",
                 recipe.join("customize").display()
             ))
+            // Only while it is made.
+            .arg(format!(
+                "--setup-hook=install -Dm644 {preferences} \"$1/etc/apt/preferences.d/bench\""
+            ))
+            .arg("--customize-hook=rm \"$1/etc/apt/preferences.d/bench\"")
             .arg(SUITE)
             .arg(tree)
+            .args(more.sources)
             // The one initramfs is built by `customize`, when everything that goes into it is there.
             .env("INITRD", "No"),
     )?;

@@ -179,7 +179,7 @@ fn certificates(directory: &Path) -> Result<String> {
     authority.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     let ca = authority.self_signed(&authority_key)?.pem();
     let key = KeyPair::generate()?;
-    let server = CertificateParams::new([HOST.to_owned()])?
+    let server = CertificateParams::new([HOST.to_owned(), "localhost".to_owned()])?
         .signed_by(&key, &Issuer::new(authority, authority_key))?;
     fs::write(directory.join("server.pem"), server.pem())?;
     fs::write(directory.join("key.pem"), key.serialize_pem())?;
