@@ -408,6 +408,8 @@ async fn a_delta_to_another_commit_is_given_up_with_nothing_written_outside_the_
                 .is_some_and(|failure| failure.step == "apply")
         })
         .await;
+    // Before libostree sees it.
+    assert_eq!(status.failure.unwrap().fault, "delta-mismatch");
     assert_eq!(
         status.phase,
         Phase::Staging {
@@ -427,6 +429,29 @@ async fn a_delta_to_another_commit_is_given_up_with_nothing_written_outside_the_
         fs::read_dir(machine.path("state/spool")).unwrap().count(),
         0
     );
+}
+
+#[tokio::test]
+async fn nothing_is_fetched_that_there_is_no_room_for() {
+    let mut machine = Machine::new();
+    let server = machine.server().await;
+    // 2^60 bytes.
+    let target = machine.publish_with("two", |deltas| deltas[0].parts[0].length = 1 << 60);
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon.wait(|status| status.failure.is_some()).await;
+    let failure = status.failure.unwrap();
+    assert_eq!((&*failure.step, &*failure.fault), ("fetch", "no-space"));
+    assert_eq!(
+        status.phase,
+        Phase::Staging {
+            from: machine.factory,
+            target,
+            attempts: 0,
+            way: 0,
+        }
+    );
+    assert_eq!(asked(&server, "deltas"), Vec::<String>::new());
+    daemon.stop().await;
 }
 
 #[tokio::test]
