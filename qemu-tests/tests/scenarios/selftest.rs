@@ -213,36 +213,12 @@ mod all {
         for count in [Count::Script, Count::Bootcount] {
             let mut bench = start(virt(count));
             let vm = &mut bench.vm;
-            // An environment is there, as of another layout, and U-Boot reads the one in its files.
-            let variables = format!(
-                "altbootcmd=run bootcmd\nbootlimit=3\nrollback=0\nbootcount=0\noffshoot_count={}\n",
-                count.name()
-            );
-            for (path, content) in [
-                ("/etc/wrong.config", WRONG_OFFSETS),
-                ("/etc/variables", &variables),
-            ] {
-                vm.write_file(path, content.as_bytes()).unwrap();
-            }
-            vm.ask([
-                "fw_setenv",
-                "-c",
-                "/etc/wrong.config",
-                "-f",
-                "/etc/variables",
-                "upgrade_available",
-                "0",
-            ])
-            .unwrap();
-            // libubootenv writes one copy at a time.
-            vm.ask([
-                "fw_setenv",
-                "-c",
-                "/etc/wrong.config",
-                "upgrade_available",
-                "0",
-            ])
-            .unwrap();
+            // An environment is there, too, as a former layout had it, and U-Boot reads the one in its files.
+            vm.write_file("/etc/wrong.config", WRONG_OFFSETS.as_bytes())
+                .unwrap();
+            let copy = "cat /uboot/uboot.env /uboot/uboot-redund.env | dd of=/dev/vda bs=4096 conv=notrunc,fsync \
+                        seek=$((($(blockdev --getsize64 /dev/vda) - 0x80000) / 4096))";
+            vm.ask(["/bin/sh", "-c", copy]).unwrap();
             configure(vm, "config = \"/etc/wrong.config\"");
             assert_eq!(failed(vm, &[]), []);
             let unshared = [Question::EnvironmentShared];
