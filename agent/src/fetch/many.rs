@@ -3,6 +3,7 @@
 //! Each file is held in memory until its digest is checked, so files larger than [`SMALL`] go the way of [`Server::part`], one after the other.
 //! A power cut or a kill costs what was in flight.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use http::Response;
@@ -40,12 +41,24 @@ impl Server {
         done: &mut (dyn FnMut(u64) + Send),
     ) -> Result<(), FetchError> {
         let (small, large): (Vec<_>, Vec<_>) = files.iter().partition(|file| file.length <= SMALL);
-        if self.in_flight(&small, done).await? {
-            self.one_by_one(&large, done).await
-        } else {
-            self.one_by_one(&small, done).await?;
-            self.one_by_one(&large, done).await
+        let mut rest = small;
+        let together = loop {
+            let mut here = HashSet::new();
+            let outcome = self.in_flight(&rest, &mut here, done).await;
+            match outcome {
+                // Web servers end a connection after a thousand requests or so: what came was worth another one.
+                Err(error)
+                    if matches!(error.fault, Fault::Interrupted { .. }) && !here.is_empty() =>
+                {
+                    rest.retain(|file| !here.contains(&file.path));
+                }
+                outcome => break outcome?,
+            }
+        };
+        if !together {
+            self.one_by_one(&rest, done).await?;
         }
+        self.one_by_one(&large, done).await
     }
 
     async fn one_by_one(
@@ -66,10 +79,11 @@ impl Server {
         Ok(())
     }
 
-    /// False if the server does not speak HTTP/2.
+    /// False if the server does not speak HTTP/2. `here` are the paths of those that came.
     async fn in_flight(
         &mut self,
         files: &[&Wanted],
+        here: &mut HashSet<String>,
         done: &mut (dyn FnMut(u64) + Send),
     ) -> Result<bool, FetchError> {
         if files.is_empty() {
@@ -112,7 +126,10 @@ impl Server {
                 break;
             };
             match fetched {
-                Ok(()) => done(file.length),
+                Ok(()) => {
+                    done(file.length);
+                    here.insert(file.path);
+                }
                 Err(fault) if outcome.is_ok() => outcome = self.blame(&file.path, Err(fault)),
                 Err(_) => {}
             }

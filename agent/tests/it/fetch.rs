@@ -10,6 +10,7 @@ use std::time::Duration;
 use offshoot::commit::{Commit, Sha256};
 use offshoot::fetch::{
     Fault, FetchError, Name, Phase, Reply, Server, ServerConfig, Slot, Spool, SpoolError, TlsFault,
+    Wanted,
 };
 
 use crate::server::{Answer, Identity, Request, Server as TestServer, Then, Validity};
@@ -948,6 +949,7 @@ impl Nginx {
                  listen 127.0.0.1:{port} ssl http2;
                  ssl_certificate {keys}/leaf.pem; ssl_certificate_key {keys}/key.pem;
                  root {root}/www;
+                 keepalive_requests 40;
                }}
              }}"
         );
@@ -1057,4 +1059,33 @@ async fn nginx_serves_ranges_and_entity_tags_over_http2() {
     assert_eq!(log[..2], [r#"HTTP/2.0 200 "-" 2"#, r#"HTTP/2.0 304 "-" 0"#]);
     assert!(log[2].starts_with(r#"HTTP/2.0 404 "-""#), "{log:?}");
     assert_eq!(log[3..], [r#"HTTP/2.0 206 "bytes=600000-" 448576"#]);
+}
+
+#[tokio::test]
+async fn nginx_ends_a_connection_after_some_requests_and_every_file_comes_once() {
+    let identity = Identity::new(&[]);
+    let nginx = Nginx::start(&identity);
+    let root = tempfile::tempdir().unwrap();
+    let spool = Spool::open(root.path()).unwrap();
+    let files: Vec<Wanted> = (0..150u32)
+        .map(|number| {
+            let content = vec![number as u8; 1000];
+            nginx.publish(&number.to_string(), &content);
+            Wanted {
+                path: number.to_string(),
+                length: 1000,
+                sha256: Sha256::of(&content),
+                slot: spool.slot(&release(), Name::Part(number)),
+            }
+        })
+        .collect();
+    let mut client = client(config(
+        format!("https://localhost:{}/", nginx.port),
+        &identity,
+    ));
+    let mut bytes = 0;
+    let fetched = client.many(&files, &mut |length| bytes += length).await;
+    assert_eq!((fetched, bytes), (Ok(()), 150_000));
+    drop(client);
+    assert_eq!(nginx.finish().len(), 150);
 }
