@@ -433,25 +433,42 @@ async fn a_delta_to_another_commit_is_given_up_with_nothing_written_outside_the_
 
 #[tokio::test]
 async fn nothing_is_fetched_that_there_is_no_room_for() {
-    let mut machine = Machine::new();
-    let server = machine.server().await;
-    // 2^60 bytes.
-    let target = machine.publish_with("two", |deltas| deltas[0].parts[0].length = 1 << 60);
-    let mut daemon = Daemon::start(&machine);
-    let status = daemon.wait(|status| status.failure.is_some()).await;
-    let failure = status.failure.unwrap();
-    assert_eq!((&*failure.step, &*failure.fault), ("fetch", "no-space"));
-    assert_eq!(
-        status.phase,
-        Phase::Staging {
-            from: machine.factory,
-            target,
-            attempts: 0,
-            way: 0,
-        }
-    );
-    assert_eq!(asked(&server, "deltas"), Vec::<String>::new());
-    daemon.stop().await;
+    let huge = 1 << 60;
+    let mut published = Machine::speaking("h2");
+    let target = published.bench.release("two", "changed");
+    let delta = published.delta(Some(published.factory), target);
+    let mut long = delta.clone();
+    long.parts[0].length = huge;
+    let mut large = delta;
+    large.usize = huge;
+    let mut objects = published.objects(target);
+    objects.index.length = huge;
+    for (delta, objects, fault) in [
+        // In the spool, in the repository, in memory.
+        (Some(long), None, "no-space"),
+        (Some(large), None, "no-space"),
+        (None, Some(objects), "device"),
+    ] {
+        let mut machine = published.copy_speaking("h2");
+        let server = machine.server().await;
+        machine.release("two", target, delta.into_iter().collect(), objects);
+        let mut daemon = Daemon::start(&machine);
+        let status = daemon.wait(|status| status.failure.is_some()).await;
+        let failure = status.failure.unwrap();
+        assert_eq!((&*failure.step, &*failure.fault), ("fetch", fault));
+        assert_eq!(
+            status.phase,
+            Phase::Staging {
+                from: machine.factory,
+                target,
+                attempts: 0,
+                way: 0,
+            }
+        );
+        assert_eq!(asked(&server, "deltas"), Vec::<String>::new());
+        assert_eq!(asked(&server, "objects"), Vec::<String>::new());
+        daemon.stop().await;
+    }
 }
 
 #[tokio::test]
@@ -864,6 +881,55 @@ impl<'a> Steps<'a> {
                 return step;
             }
         }
+    }
+}
+
+/// Storage that rots: every file in the spool, once all of them are there.
+#[tokio::test]
+async fn what_rots_in_the_spool_is_fetched_again_and_never_applied() {
+    for by_objects in [false, true] {
+        let mut machine = Machine::speaking("h2");
+        let server = machine.server().await;
+        let target = machine.bench.release("two", "changed");
+        let (delta, objects) = if by_objects {
+            (None, Some(machine.objects(target)))
+        } else {
+            (Some(machine.delta(Some(machine.factory), target)), None)
+        };
+        machine.release("two", target, delta.into_iter().collect(), objects);
+        let mut steps = Steps::new(&machine);
+        let apply = Step::Apply {
+            from: machine.factory,
+            target,
+        };
+        let fetch = Step::Fetch {
+            from: machine.factory,
+            target,
+        };
+        let mut done = 0;
+        while steps.run(&mut 1).await != apply {
+            done += 1;
+            assert!(done < 10);
+        }
+        let spool = machine.path("state/spool").join(target.to_string());
+        let mut files = 0;
+        for file in fs::read_dir(spool).unwrap() {
+            let path = file.unwrap().path();
+            if path.is_file() && !path.ends_with("index") {
+                let mut bytes = fs::read(&path).unwrap();
+                bytes[0] ^= 1;
+                fs::write(&path, bytes).unwrap();
+                files += 1;
+            }
+        }
+        assert!(files >= 2, "{files}");
+        let folder = if by_objects { "objects/" } else { "deltas/" };
+        let before = asked(&server, folder).len();
+        assert_eq!(steps.run(&mut 0).await, fetch);
+        assert_eq!(steps.run(&mut 1).await, apply);
+        assert_eq!(asked(&server, folder).len(), before + files);
+        assert_eq!(steps.run(&mut 100).await, Step::Reboot);
+        assert_eq!(machine.deployments()[0], target);
     }
 }
 
