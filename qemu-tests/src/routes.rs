@@ -556,6 +556,16 @@ struct Daemon {
     id: Pid,
 }
 
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Gone already, if all went well.
+        if matches!(self.process.try_wait(), Ok(None)) {
+            let _ = kill_process(self.id, Signal::TERM);
+            let _ = self.process.wait();
+        }
+    }
+}
+
 impl Daemon {
     fn start(device: &Device, relay: &Relay, channel: &str) -> Result<Self> {
         let at = |path: &str| device.path(path).display().to_string();
