@@ -475,8 +475,10 @@ async fn nothing_is_fetched_that_there_is_no_room_for() {
 async fn a_poll_that_fails_is_named_and_tried_again() {
     let mut machine = Machine::new();
     let _server = machine.server().await;
-    machine.twisted(|_, _| crate::server::Answer::new(503, ""));
     let mut daemon = Daemon::start(&machine);
+    daemon.waits(Why::NothingOffered).await;
+    machine.twisted(|_, _| crate::server::Answer::new(503, ""));
+    let target = machine.publish("two");
     let failed = |kind| {
         move |status: &Status| {
             let error = status
@@ -497,8 +499,73 @@ async fn a_poll_that_fails_is_named_and_tried_again() {
     });
     let status = daemon.wait(failed(PollFailureKind::Refused)).await;
     assert_eq!(status.offer, None);
+    // As long as it is there: its tag does not make it "not modified".
+    let refused = status.last_poll;
+    let status = daemon.wait(|status| status.last_poll != refused).await;
+    assert!(failed(PollFailureKind::Refused)(&status));
+    // A poll that ends half way: what was seen of it does not make the next one "not modified".
+    machine.twisted(|request, answer| {
+        if request.path.ends_with("snapshot.json") {
+            return crate::server::Answer::new(503, "");
+        }
+        answer
+    });
+    daemon.wait(failed(PollFailureKind::Fetch)).await;
     machine.twisted(|_, answer| answer);
-    let target = machine.publish("two");
+    assert_eq!(daemon.until_reboot(&machine).await.commit, target);
+}
+
+#[tokio::test]
+async fn a_server_says_when_it_is_asked_again() {
+    let machine = Machine::new();
+    let _server = machine.server().await;
+    machine.twisted(|_, _| crate::server::Answer::new(503, "").header("retry-after", 7200));
+    let mut daemon = Daemon::start(&machine);
+    let status = daemon
+        .wait(|status| {
+            let poll = status.last_poll.as_ref();
+            poll.is_some_and(|poll| poll.error.is_some())
+        })
+        .await;
+    let next = status.next.unwrap();
+    assert_eq!(next.what, NextIs::Poll);
+    let asked: Time = status.last_poll.unwrap().at.parse().unwrap();
+    let again: Time = next.at.parse().unwrap();
+    assert!(
+        again.duration_since(asked).as_secs() >= 7200,
+        "{asked} {again}"
+    );
+    daemon.stop().await;
+}
+
+#[tokio::test]
+async fn an_operators_word_is_for_one_release() {
+    let mut machine = Machine::new();
+    let _server = machine.server().await;
+    let config = machine.path("etc/offshoot/config.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let manual = text.replace("[install]\n", "[install]\nreboot = 'manual'\n");
+    fs::write(&config, manual).unwrap();
+    machine.publish("two");
+    machine.twisted(|request, answer| {
+        if request.path.contains("/deltas/") {
+            return crate::server::Answer::new(503, "");
+        }
+        answer
+    });
+    let mut daemon = Daemon::start(&machine);
+    update(&daemon, false).await.unwrap();
+    daemon.wait(|status| status.failure.is_some()).await;
+    // Before it was fetched there is another.
+    let target = machine.publish("three");
+    let status = daemon
+        .wait(|status| matches!(status.phase, Phase::Staging { target: of, .. } if of == target))
+        .await;
+    assert_eq!(status.offer.unwrap().commit, target);
+    machine.twisted(|_, answer| answer);
+    daemon.waits(Why::AwaitingConsent).await;
+    assert_eq!(machine.deployments(), [machine.factory]);
+    update(&daemon, false).await.unwrap();
     assert_eq!(daemon.until_reboot(&machine).await.commit, target);
 }
 
