@@ -52,15 +52,15 @@ pub(super) fn is_cut(options: Options) {
         vm.cut_power().unwrap();
         vm.power_on().unwrap();
     }
+    // Asked after every poll: that it waits is told once, and a moment before the status says so.
+    let deadline = Instant::now() + 2 * PATIENCE;
     let status = loop {
-        let waiting = vm.wait_for_event(events::WAITING, PATIENCE).unwrap();
-        // An entry may be told late, of the boot before.
-        if waiting.field("WHY") == Some(Why::UpToDate.name())
-            && let Ok(status) = vm.status()
-            && status.booted.commit == target
-            && status.why == Some(Why::UpToDate)
-        {
-            break status;
+        vm.wait_for_event(events::POLLED, PATIENCE).unwrap();
+        if let Ok(status) = vm.status() {
+            if status.booted.commit == target && status.why == Some(Why::UpToDate) {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "{status:#?}");
         }
     };
     let (target, first) = (target.to_string(), first.to_string());
