@@ -7,7 +7,7 @@ CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
 help:
 	@echo 'make demo         the main job, live: a good release kept, a broken one rolled back'
 	@echo 'make test         all tests, the machines in QEMU included'
-	@echo 'make test-all     the same, and every story on arm64 under U-Boot, in both ways of counting'
+	@echo 'make test-all     the same, and every story on arm64 under U-Boot, in both ways of counting, and a slow link'
 	@echo 'make bench        what the daemon and each way to a release take, beside libostree'
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
 	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'
@@ -31,7 +31,7 @@ demo: setup
 test: binaries
 	cargo test --locked --workspace
 
-# Stories that differ from those of `test` by the board or by who counts: more than an hour.
+# Stories that differ from those of `test` by the board, by who counts or by the link: more than an hour.
 test-all: binaries
 	cargo test --locked --workspace --features qemu-tests/all
 

@@ -9,6 +9,8 @@
 
 mod faults;
 mod good;
+#[cfg(feature = "all")]
+mod links;
 mod power;
 mod selftest;
 mod virt;
