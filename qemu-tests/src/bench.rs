@@ -75,6 +75,8 @@ impl Bench {
             server.url
         );
         vm.write_file("/etc/offshoot/config.toml", configuration.as_bytes())?;
+        // A scenario may cut the power at once, and what an operator has written is not what it tests.
+        vm.ask(["sync"])?;
         vm.ask(["systemctl", "restart", "offshoot.service"])?;
         Ok(())
     }
