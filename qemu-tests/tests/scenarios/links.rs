@@ -1,11 +1,11 @@
-//! Links that the kernel of a guest makes slow and long, with netem, between a device and its server.
+//! Links that the kernel of a guest makes slow, long or lossy, with netem, between a device and its server.
 //!
 //! The daemon is in a network namespace of its own, `device`, whose only link leads to another, `site`. There the server's address is
 //! local, and a relay of systemd's leads on to the server. So both ends of the link are Linux's TCP, and netem is in both directions.
 //!
 //! What is compared: the files of the release, whose sizes are signed, and all bytes in TCP segments that reached the device until the
 //! release was ready: handshakes, TLS, heads, metadata, what TCP sent again. Only the headers of the segments are taken
-//! off. Links that break, and kills, are in `agent/tests/it/links.rs`, without netem.
+//! off. Links that break, and kills, are told in `agent/tests/it/links.rs`, without netem.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -34,6 +34,15 @@ fn a_link_of_1_mbit_and_50_ms_brings_an_update_for_its_size() {
         bytes_per_second: 125_000,
         shape: "rate 1mbit delay 50ms",
         payload: 2,
+    });
+}
+
+#[test]
+fn a_link_of_100_kbit_and_300_ms_that_loses_packets_brings_an_update_for_its_size() {
+    confirms(&Link {
+        bytes_per_second: 12_500,
+        shape: "rate 100kbit delay 300ms loss 2%",
+        payload: 1,
     });
 }
 
