@@ -27,14 +27,12 @@ packages=(
     nginx-light openssl
     # A TUF implementation and a store that are not ours.
     python3 python3-venv
-    # A client's key behind PKCS#11 and in a TPM.
+    # Keys in tokens behind PKCS#11, and in a TPM.
     softhsm2 opensc swtpm tpm2-tools
     # What a program took.
     time
     # What offshoot-fleet push runs.
     rsync
-    # Tokens behind PKCS#11.
-    softhsm2
 )
 # Version 7.2, bookworm's own, miscompiles cmpxchg16b under emulation, and the guest's kernel dies of it.
 qemu_at_least=10

@@ -7,9 +7,9 @@
 //! | `watchdog` | the counter is settled; the watchdog is opened and not fed | a boot that nobody asked for |
 //!
 //! The stage is on disk before what it names is done. A power cut in between leaves an environment that was not changed, which the bootloader
-//! does not change back: the stage is then begun again, a few times, since an environment that does not keep what is written looks the same. Only of the watchdog nothing can be read afterwards on every board, so a power cut
-//! in that minute passes for it. While `rehearsal.json` is there nothing is confirmed, given up for its health, or installed.
-//! `offshoot-selftest.service` goes on after each reboot.
+//! does not change back: the stage is then begun again, a few times, since an environment that does not keep what is written looks the same.
+//! Only of the watchdog nothing can be read afterwards on every board, so a power cut in that minute passes for it. While `rehearsal.json` is
+//! there nothing is confirmed, given up for its health, or installed. `offshoot-selftest.service` goes on after each reboot.
 
 use std::fs;
 
