@@ -85,6 +85,27 @@ fn what_is_applied_and_not_deployed_survives_a_prune_that_keeps_it() {
     assert!(bench.changed(&["deploy", "--commit", &commit]));
 }
 
+/// A power cut after the objects are on the disk and before the name of the ref is.
+#[test]
+fn what_is_complete_and_not_held_is_not_stored_until_it_is_applied_again() {
+    let (bench, one) = Bench::new();
+    let two = bench.release("two", "changed");
+    let (commit, apply) = (two.to_string(), bench.apply(&bench.delta(None, two), two));
+    bench.done::<Done>(&words(&apply));
+    fs::remove_file(bench.path("sysroot/ostree/repo/refs/heads/offshoot/staged")).unwrap();
+    let stored = || bench.done::<Stored>(&["stored", "--commit", &commit]);
+    assert_eq!(stored(), Stored { complete: vec![] });
+    assert!(bench.changed(&words(&apply)));
+    assert_eq!(
+        stored(),
+        Stored {
+            complete: vec![two]
+        }
+    );
+    assert!(bench.changed(&["deploy", "--commit", &commit]));
+    assert_eq!(bench.deployed(), [two, one]);
+}
+
 #[test]
 fn a_wrong_or_corrupt_delta_is_refused_and_changes_nothing() {
     let (bench, one) = Bench::new();

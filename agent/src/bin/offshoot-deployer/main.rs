@@ -42,7 +42,7 @@ struct Arguments {
 enum Verb {
     /// The deployments in boot order, and the free space. Writes nothing, takes no lock.
     Status,
-    /// Which commits are complete in the repository. Writes nothing, takes no lock.
+    /// Which commits are complete in the repository, and held there by a ref. Writes nothing, takes no lock.
     Stored {
         #[arg(long, required = true)]
         commit: Vec<Commit>,

@@ -209,11 +209,19 @@ impl Sysroot {
     pub(crate) fn stored(&self, commits: &[Commit]) -> Result<Stored, Failure> {
         let mut complete = Vec::new();
         for commit in commits {
-            if self.is_complete(*commit)? {
+            if self.is_held(*commit)? && self.is_complete(*commit)? {
                 complete.push(*commit);
             }
         }
         Ok(Stored { complete })
+    }
+
+    /// A ref is what keeps the objects of a commit: without one the next deployment clears them away.
+    fn is_held(&self, commit: Commit) -> Result<bool, Failure> {
+        let refs = self.repo.list_refs(None, NONE);
+        let refs = refs.map_err(|error| ostree("reading refs", &error))?;
+        let commit = commit.to_string();
+        Ok(refs.values().any(|held| *held == commit))
     }
 
     fn is_complete(&self, commit: Commit) -> Result<bool, Failure> {
@@ -302,6 +310,19 @@ impl Sysroot {
     fn inodes(&self, below: &str) -> Result<(u64, u64), Failure> {
         let stat = self.statvfs(below)?;
         Ok((stat.f_favail, stat.f_files))
+    }
+
+    /// libostree syncs a ref that it writes, not the directory that names it.
+    fn sync(&self) -> Result<(), Failure> {
+        let path = self.path.join("ostree/repo");
+        let synced = std::fs::File::open(&path).and_then(|repo| Ok(rustix::fs::syncfs(repo)?));
+        synced.map_err(|error| {
+            let kind = match error.kind() {
+                std::io::ErrorKind::StorageFull => FailureKind::NoSpace,
+                _ => FailureKind::Ostree,
+            };
+            failure(kind, format!("syncing {}: {error}", path.display()))
+        })
     }
 
     fn statvfs(&self, below: &str) -> Result<rustix::fs::StatVfs, Failure> {
@@ -409,40 +430,26 @@ impl Sysroot {
 }
 
 impl Locked {
-    /// Cut anywhere: objects are whole or absent, and the commit counts only when all are there.
+    /// Cut anywhere: objects are whole or absent, and the commit counts as stored only when all are there and held.
     pub(crate) fn apply(&self, spool: &Path, commit: Commit) -> Result<Done, Failure> {
-        let Sysroot { repo, .. } = &self.sysroot;
-        if self.sysroot.is_complete(commit)? {
-            return Ok(Done { changed: false });
-        }
-        let delta = |error: &glib::Error| match ostree("applying the delta", error) {
-            Failure {
-                kind: FailureKind::Ostree,
-                message,
-            } => failure(FailureKind::CorruptDelta, message),
-            failure => failure,
-        };
-        repo.prepare_transaction(NONE)
-            .map_err(|error| ostree("beginning a transaction", &error))?;
-        let applied = repo.static_delta_execute_offline(&gio::File::for_path(spool), false, NONE);
-        if let Err(error) = applied {
-            repo.abort_transaction(NONE)
-                .map_err(|error| ostree("aborting the transaction", &error))?;
-            return Err(delta(&error));
-        }
-        let checksum = commit.to_string();
-        let present = repo.has_object(ostree::ObjectType::Commit, &checksum, NONE);
-        if !present.map_err(|error| ostree("reading the repository", &error))? {
-            repo.abort_transaction(NONE)
-                .map_err(|error| ostree("aborting the transaction", &error))?;
+        let repo = &self.sysroot.repo;
+        self.store(commit, || {
+            let delta = gio::File::for_path(spool);
+            repo.static_delta_execute_offline(&delta, false, NONE)
+                .map_err(|error| match ostree("applying the delta", &error) {
+                    Failure {
+                        kind: FailureKind::Ostree,
+                        message,
+                    } => failure(FailureKind::CorruptDelta, message),
+                    failure => failure,
+                })?;
+            let present = repo.has_object(ostree::ObjectType::Commit, &commit.to_string(), NONE);
+            if present.map_err(|error| ostree("reading the repository", &error))? {
+                return Ok(());
+            }
             let message = format!("{} does not produce commit {commit}", spool.display());
-            return Err(failure(FailureKind::CorruptDelta, message));
-        }
-        repo.transaction_set_ref(None, STAGED, Some(&checksum));
-        repo.commit_transaction(NONE)
-            .map_err(|error| ostree("committing the transaction", &error))?;
-        self.sysroot.verify_complete(commit, false)?;
-        Ok(Done { changed: true })
+            Err(failure(FailureKind::CorruptDelta, message))
+        })
     }
 
     /// Cut anywhere: as [`Self::apply`].
@@ -452,26 +459,42 @@ impl Locked {
         spool: &Path,
         commit: Commit,
     ) -> Result<Done, Failure> {
-        let Sysroot { repo, .. } = &self.sysroot;
-        if self.sysroot.is_complete(commit)? {
+        self.store(commit, || {
+            read_index(index)?
+                .iter()
+                .filter(|object| !matches!(self.sysroot.is_missing(object), Ok(false)))
+                .try_for_each(|object| {
+                    store(&self.sysroot.repo, object, &spool.join(object.to_string()))
+                })
+        })
+    }
+
+    /// The objects of a commit in one transaction, unless they are all there; and then a ref that keeps them.
+    fn store(
+        &self,
+        commit: Commit,
+        objects: impl FnOnce() -> Result<(), Failure>,
+    ) -> Result<Done, Failure> {
+        let repo = &self.sysroot.repo;
+        let complete = self.sysroot.is_complete(commit)?;
+        if complete && self.sysroot.is_held(commit)? {
             return Ok(Done { changed: false });
         }
-        let objects = read_index(index)?;
-        repo.prepare_transaction(NONE)
-            .map_err(|error| ostree("beginning a transaction", &error))?;
-        let stored = objects
-            .iter()
-            .filter(|object| !matches!(self.sysroot.is_missing(object), Ok(false)))
-            .try_for_each(|object| store(repo, object, &spool.join(object.to_string())));
-        if let Err(failure) = stored {
-            repo.abort_transaction(NONE)
-                .map_err(|error| ostree("aborting the transaction", &error))?;
-            return Err(failure);
+        if !complete {
+            repo.prepare_transaction(NONE)
+                .map_err(|error| ostree("beginning a transaction", &error))?;
+            if let Err(failure) = objects() {
+                repo.abort_transaction(NONE)
+                    .map_err(|error| ostree("aborting the transaction", &error))?;
+                return Err(failure);
+            }
+            repo.commit_transaction(NONE)
+                .map_err(|error| ostree("committing the transaction", &error))?;
+            self.sysroot.verify_complete(commit, false)?;
         }
-        repo.transaction_set_ref(None, STAGED, Some(&commit.to_string()));
-        repo.commit_transaction(NONE)
-            .map_err(|error| ostree("committing the transaction", &error))?;
-        self.sysroot.verify_complete(commit, false)?;
+        repo.set_ref_immediate(None, STAGED, Some(&commit.to_string()), NONE)
+            .map_err(|error| ostree("writing a ref", &error))?;
+        self.sysroot.sync()?;
         Ok(Done { changed: true })
     }
 
