@@ -32,7 +32,9 @@ use crate::config::{self, Config};
 use crate::decide::{Consent, Download, Step, Why};
 use crate::device::{self, Device, Observed};
 use crate::events;
-use crate::fetch::{self, Backoff, Directory, Server, ServerConfig, Source, poll_delay};
+use crate::fetch::{
+    self, Backoff, Directory, Server, ServerConfig, Source, WORTH_CONTINUING, poll_delay,
+};
 use crate::poll::{PollError, Poller};
 use crate::record::Hold;
 use crate::status::{self, Status};
@@ -123,7 +125,10 @@ struct Failed {
     step: Option<Step>,
     fault: &'static str,
     message: String,
+    /// In a row, without coming further.
     times: u32,
+    /// How many bytes there were at the first of them.
+    furthest: u64,
     due: Due,
 }
 
@@ -505,7 +510,9 @@ impl Daemon {
         let received = self.received.clone();
         let zoned = now.to_zoned(TimeZone::system());
         let (usage, counted) = (&mut self.usage, &mut self.counted);
+        let mut furthest = 0;
         let mut progress = |done: u64, total: u64| {
+            furthest = done.max(furthest);
             let received = received.load(Ordering::Relaxed);
             count(usage, counted, received, &zoned, false);
             let due = last.is_none_or(|last| last.elapsed() >= PROGRESS_PAUSE) || done == total;
@@ -548,16 +555,22 @@ impl Daemon {
                     tell::report(step);
                 }
             }
-            Err(error) => self.failed(Some(step), error.name(), &format!("{error:#}")),
+            Err(error) => self.failed(Some(step), furthest, error.name(), &format!("{error:#}")),
         }
     }
 
-    fn failed(&mut self, step: Option<&Step>, fault: &'static str, message: &str) {
-        let delay = self.step_backoff.failed(random(), None);
-        let times = match &self.failure {
-            Some(failed) if failed.step.as_ref() == step => failed.times + 1,
-            Some(_) | None => 1,
+    /// A link that breaks again and again, and brings something each time, is not asked less often for it.
+    fn failed(&mut self, step: Option<&Step>, furthest: u64, fault: &'static str, message: &str) {
+        let before = (self.failure.as_ref()).filter(|failed| failed.step.as_ref() == step);
+        let further = before.is_some_and(|failed| furthest >= failed.furthest + WORTH_CONTINUING);
+        if further {
+            self.step_backoff.worked();
+        }
+        let (times, furthest) = match before {
+            Some(failed) if !further => (failed.times + 1, failed.furthest),
+            Some(_) | None => (1, furthest),
         };
+        let delay = self.step_backoff.failed(random(), None);
         let name = step.map_or("observe", status::name);
         tracing::warn!(
             MESSAGE_ID = events::STEP_FAILED,
@@ -571,6 +584,7 @@ impl Daemon {
             fault,
             message: message.to_owned(),
             times,
+            furthest,
             due: Due::after(delay, self.now()),
         });
     }

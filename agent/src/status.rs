@@ -175,7 +175,7 @@ pub struct Failure {
     #[serde(default)]
     pub fault: String,
     pub message: String,
-    /// In a row.
+    /// In a row, without getting further in a download.
     pub times: u32,
 }
 

@@ -67,7 +67,7 @@ impl Daemon {
             }
             Err(error) => {
                 self.turn = None;
-                self.failed(None, "device", &format!("{error:#}"));
+                self.failed(None, 0, "device", &format!("{error:#}"));
                 return None;
             }
         };

@@ -29,7 +29,7 @@ use crate::commit::Sha256;
 
 /// An interrupted transfer is continued at once if the connection brought at least so much more than was ever here;
 /// otherwise the caller is told, who waits. A handshake costs some 4 KiB.
-const WORTH_CONTINUING: u64 = 64 << 10;
+pub const WORTH_CONTINUING: u64 = 64 << 10;
 
 /// The body of an answer that is not the file is read up to here to keep the connection, then the connection goes.
 const WORTH_DRAINING: u64 = 16 << 10;

@@ -34,7 +34,7 @@ mod source;
 mod spool;
 mod url;
 
-pub use client::{ClientKey, Identity, Reply, Server, ServerConfig};
+pub use client::{ClientKey, Identity, Reply, Server, ServerConfig, WORTH_CONTINUING};
 pub use directory::Directory;
 pub use many::Wanted;
 pub use source::Source;

@@ -13,15 +13,17 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep_until};
 
 use crate::machine::Machine;
-use crate::update::Daemon;
+use crate::update::{Daemon, PATIENCE};
 
 /// What a link is like, towards the device.
 #[derive(Clone, Copy)]
 struct Link {
     bytes_per_second: u64,
     delay: Duration,
-    /// Every connection breaks after so much time.
-    breaks_after: Option<Duration>,
+    /// Every connection breaks after so many bytes.
+    breaks_after: Option<u64>,
+    /// Every other connection is refused.
+    away: bool,
 }
 
 struct Relay {
@@ -39,16 +41,14 @@ impl Relay {
         let counts = (sent.clone(), connections.clone());
         tokio::spawn(async move {
             while let Ok((device, _)) = listener.accept().await {
-                counts.1.fetch_add(1, Ordering::Relaxed);
+                let number = counts.1.fetch_add(1, Ordering::Relaxed);
+                if link.away && number % 2 == 1 {
+                    continue;
+                }
                 let sent = counts.0.clone();
                 tokio::spawn(async move {
                     let server = TcpStream::connect(("127.0.0.1", to)).await.unwrap();
-                    let relayed = relay(device, server, link, sent);
-                    match link.breaks_after {
-                        // Dropped in the middle of whatever it was.
-                        Some(limit) => drop(tokio::time::timeout(limit, relayed).await),
-                        None => relayed.await,
-                    }
+                    relay(device, server, link, sent).await;
                 });
             }
         });
@@ -85,6 +85,7 @@ async fn relay(device: TcpStream, server: TcpStream, link: Link, sent: Arc<Atomi
     };
     let write = async move {
         let mut free = Instant::now();
+        let mut left = link.breaks_after.unwrap_or(u64::MAX);
         while let Some((due, bytes)) = end.recv().await {
             let time = bytes.len() as f64 / link.bytes_per_second as f64;
             free = free.max(due) + Duration::from_secs_f64(time);
@@ -93,9 +94,20 @@ async fn relay(device: TcpStream, server: TcpStream, link: Link, sent: Arc<Atomi
                 break;
             }
             sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            left = left.saturating_sub(bytes.len() as u64);
+            if left == 0 {
+                break;
+            }
         }
     };
-    tokio::join!(up, read, write);
+    let rest = async {
+        tokio::join!(up, read);
+        std::future::pending().await
+    };
+    tokio::select! {
+        () = write => {}
+        () = rest => {}
+    }
 }
 
 /// A machine whose server is behind the link, and a release of about `size` bytes.
@@ -142,6 +154,7 @@ async fn a_slow_link_brings_an_update_for_little_more_than_its_size() {
             bytes_per_second,
             delay: Duration::from_millis(delay),
             breaks_after: None,
+            away: false,
         };
         let (machine, server, relay, signed) = behind(link, size).await;
         Daemon::start(&machine).until_reboot(&machine).await;
@@ -154,7 +167,8 @@ async fn a_link_that_breaks_every_moment_brings_every_byte_once() {
     let link = Link {
         bytes_per_second: 250_000,
         delay: Duration::from_millis(20),
-        breaks_after: Some(Duration::from_millis(1500)),
+        breaks_after: Some(200_000),
+        away: false,
     };
     let (machine, server, relay, signed) = behind(link, 1_500_000).await;
     Daemon::start(&machine).until_reboot(&machine).await;
@@ -166,11 +180,41 @@ async fn a_link_that_breaks_every_moment_brings_every_byte_once() {
 }
 
 #[tokio::test]
+async fn a_link_that_is_away_after_every_break_is_tried_again_soon() {
+    let link = Link {
+        bytes_per_second: 250_000,
+        delay: Duration::ZERO,
+        breaks_after: Some(100_000),
+        away: true,
+    };
+    let (machine, _server, relay, _) = behind(link, 1_500_000).await;
+    let mut daemon = Daemon::start(&machine);
+    let (mut revision, mut failed, begun) = (0, false, Instant::now());
+    loop {
+        let status = daemon.wait(|status| status.revision > revision).await;
+        revision = status.revision;
+        // Waits that double with every failure would be minutes by now.
+        assert!(begun.elapsed() < 2 * PATIENCE, "{status:?}");
+        if let Some(failure) = status.failure {
+            // Each came further than the one before, so it is the first of its kind.
+            assert_eq!(failure.times, 1, "{failure:?}");
+            failed = true;
+        }
+        if status.step == "rebooting" {
+            break;
+        }
+    }
+    assert!(failed);
+    assert!(relay.connections.load(Ordering::Relaxed) > 12);
+}
+
+#[tokio::test]
 async fn ten_kills_in_the_middle_of_a_download_cost_no_byte_twice() {
     let link = Link {
         bytes_per_second: 250_000,
         delay: Duration::ZERO,
         breaks_after: None,
+        away: false,
     };
     let (machine, server, _relay, signed) = behind(link, 2_000_000).await;
     for kill in 1..=10 {

@@ -22,7 +22,7 @@ use crate::machine::{Booted, Machine};
 use crate::server::Then;
 
 /// Longer than anything here takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The daemon of a machine, until it is dropped as a power cut drops it, or stopped.
 pub struct Daemon {
