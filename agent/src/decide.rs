@@ -187,7 +187,7 @@ pub fn decide(record: &Record, facts: &Facts) -> Step {
             from,
             target,
             attempts,
-            way: _,
+            failed: _,
         } => staging(record, facts, from, target, attempts),
         Phase::Trial {
             from,

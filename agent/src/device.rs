@@ -38,7 +38,7 @@ use crate::delta::Mismatch;
 use crate::deployment::{Deployments, Done, Failure};
 use crate::fetch::{FetchError, Source, Spool, SpoolError};
 use crate::health;
-use crate::record::{Damage, Phase, Record, Rejection, Store};
+use crate::record::{Damage, FailedWays, Phase, Record, Rejection, Store};
 use crate::selftest;
 use crate::trust::{Release, Verified};
 
@@ -225,7 +225,7 @@ impl Device {
                 from: *from,
                 target: *target,
                 attempts: 0,
-                way: 0,
+                failed: FailedWays::default(),
             })?,
             Step::Abandon | Step::Confirmed { .. } => self.enter(Phase::Idle)?,
             Step::Fetch { from, target } => {

@@ -43,14 +43,14 @@ pub struct Record {
 pub enum Phase {
     #[default]
     Idle,
-    /// `target` is being fetched and stored beside the running system. `attempts` counts the applies begun, `way` the ways to it that
-    /// have failed: the next best one is tried.
+    /// `target` is being fetched and stored beside the running system. `attempts` counts the applies begun. The cheapest way that
+    /// has not failed is taken.
     Staging {
         from: Commit,
         target: Commit,
         attempts: u8,
         #[serde(default)]
-        way: u8,
+        failed: FailedWays,
     },
     /// `target` is to be, or is being, or has been tried by booting it. `attempts` counts the deploys begun.
     Trial {
@@ -58,6 +58,15 @@ pub enum Phase {
         target: Commit,
         attempts: u8,
     },
+}
+
+/// The ways to a release ([`crate::route`]) whose files are wrong or missing on the server, or could not be stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FailedWays {
+    pub from_here: bool,
+    pub objects: bool,
+    pub from_nothing: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -290,7 +299,10 @@ mod tests {
                 from: commit,
                 target: commit,
                 attempts: n,
-                way: n,
+                failed: FailedWays {
+                    objects: n % 2 == 1,
+                    ..FailedWays::default()
+                },
             },
             rejections: [(
                 commit,

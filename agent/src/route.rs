@@ -1,13 +1,13 @@
 //! Which way leads to a release, by the sizes that were signed.
 //!
-//! | way | when |
+//! | way | what |
 //! |---|---|
-//! | a delta, or a chain of deltas, from something that is here | whenever there is one; the fewest bytes |
-//! | the objects that are missing | otherwise, if they are fewer bytes than the delta from nothing |
-//! | the delta (or chain) from nothing | otherwise |
+//! | from here | a delta, or a chain of deltas, from something that is here |
+//! | objects | those that are missing; the index of all must be here to know which |
+//! | from nothing | a delta, or a chain, from nothing |
 //!
-//! The second best way is taken when the best one has failed, and so on: that is remembered in the record. Pure: what is here is asked of
-//! the caller, in bytes that are still missing.
+//! The fewest bytes that are not here yet; of the ways that have failed none, which is remembered in the record. An index costs bytes itself: it
+//! is fetched when nothing leads from here, or only a chain that is much larger ([`asks_for_index`]). Pure: what is here is asked of the caller.
 
 use std::collections::BTreeMap;
 
@@ -21,6 +21,14 @@ pub struct Chain<'a> {
     /// Bytes of all of them, and those that are not here.
     pub total: u64,
     pub missing: u64,
+}
+
+/// A chain is compared with the objects where their index is at most this part of it.
+const INDEX_SHARE: u64 = 8;
+
+/// Whether an index of `length` bytes is worth fetching beside the best chain from here. A single delta holds what its objects would be, or less.
+pub fn asks_for_index(length: u64, from_here: Option<&Chain<'_>>) -> bool {
+    from_here.is_none_or(|chain| chain.hops.len() > 1 && chain.missing / INDEX_SHARE >= length)
 }
 
 /// What a delta leads to.
@@ -163,6 +171,22 @@ mod tests {
             (&[], vec![]),
         ] {
             assert_eq!(ways(&manifest, here), [from_here, vec![500]]);
+        }
+    }
+
+    #[test]
+    fn an_index_is_asked_for_without_a_way_from_here_or_beside_a_chain_of_eight_times_its_size() {
+        let manifest = manifest(vec![delta(Some(7), 8, 400), delta(Some(8), 9, 400)]);
+        let has = |n| move |commit| commit == self::commit(n);
+        let [chain, _] = chains(&manifest, has(7), &[400, 400]);
+        let [single, _] = chains(&manifest, has(8), &[400, 400]);
+        for (length, from_here, asks) in [
+            (1 << 40, &None, true),
+            (100, &chain, true),
+            (101, &chain, false),
+            (1, &single, false),
+        ] {
+            assert_eq!(asks_for_index(length, from_here.as_ref()), asks, "{length}");
         }
     }
 

@@ -12,7 +12,7 @@ use bootloader_glue::uboot::{self, Count};
 
 use super::*;
 use crate::commit::Sha256;
-use crate::record::Rejection;
+use crate::record::{FailedWays, Rejection};
 
 const LIMIT: u8 = 3;
 
@@ -224,7 +224,7 @@ impl World {
                     from: *from,
                     target: *target,
                     attempts: 0,
-                    way: 0,
+                    failed: FailedWays::default(),
                 };
                 write(&world);
             }
@@ -242,7 +242,7 @@ impl World {
                         from: *from,
                         target: *target,
                         attempts: attempts + 1,
-                        way: 0,
+                        failed: FailedWays::default(),
                     };
                 }
                 write(&world);
@@ -585,7 +585,7 @@ fn rows_for_what_only_others_can_leave_behind() {
         from,
         target,
         attempts: 0,
-        way: 0,
+        failed: FailedWays::default(),
     };
     world.environment = armed(0);
     assert_eq!(decide(&world.record, &facts(&world)), Step::Settle);
@@ -650,7 +650,7 @@ fn rows_for_what_only_others_can_leave_behind() {
         from,
         target,
         attempts: 0,
-        way: 0,
+        failed: FailedWays::default(),
     };
     assert_eq!(decide(&world.record, &facts(&world)), Step::Abandon);
 
@@ -809,7 +809,7 @@ fn policy_holds_an_update_before_its_download_and_before_its_trial() {
         from,
         target,
         attempts: 0,
-        way: 0,
+        failed: FailedWays::default(),
     };
     let with = |world: &World, download, consent| {
         let facts = Facts {

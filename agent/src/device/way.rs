@@ -1,6 +1,6 @@
 //! The way to the target, and the steps on it: what is here, what is fetched next, how it gets into the repository.
 //!
-//! [`crate::route`] chooses by sizes; here they are read from the spool and asked of the deployer. Nothing is remembered but how many ways have
+//! [`crate::route`] chooses by sizes; here they are read from the spool and asked of the deployer. Nothing is remembered but which ways have
 //! failed, in the record.
 
 use std::fs;
@@ -17,7 +17,7 @@ use crate::delta::{self, Mismatch};
 use crate::deployment::{Deployments, Done, Missing, Stored};
 use crate::fetch::{Name, Source, Wanted};
 use crate::objects::{self, Object};
-use crate::record::Phase;
+use crate::record::{FailedWays, Phase};
 use crate::route::{self, Chain};
 use crate::trust::schema::{Delta, File, Manifest};
 use crate::trust::{Release, Verified};
@@ -75,7 +75,7 @@ impl Device {
         offer: Option<&'a Verified<Release>>,
         deployments: &Deployments,
     ) -> Result<Option<Way<'a>>> {
-        let Phase::Staging { target, way, .. } = self.record.phase else {
+        let Phase::Staging { target, failed, .. } = self.record.phase else {
             return Ok(None);
         };
         let Some(offer) = offer.filter(|offer| offer.entry.commit == target) else {
@@ -99,21 +99,26 @@ impl Device {
             missing.push(delta.download().unwrap_or(u64::MAX).saturating_sub(here));
         }
         let [from_here, from_nothing] = route::chains(manifest, has, &missing);
+        let hopeful = from_here.as_ref().filter(|_| !failed.from_here);
         let objects = match &manifest.objects {
-            Some(objects) if from_here.is_none() || way > 0 => {
-                Some(self.objects(target, &objects.index).await?)
-            }
-            Some(_) | None => None,
+            Some(objects) => match self.objects(target, &objects.index).await? {
+                Way::Index(index) if !route::asks_for_index(index.length, hopeful) => None,
+                way => Some(way),
+            },
+            None => None,
         };
         let deltas = |chain| Way::deltas(chain, manifest);
-        let mut ways: Vec<_> = from_here.and_then(deltas).into_iter().collect();
-        let mut rest: Vec<_> = objects.into_iter().collect();
-        rest.extend(from_nothing.and_then(deltas));
-        // The fewer bytes first; an index alone is worth it where it is small beside the delta.
-        rest.sort_by_key(|way| way.plan().missing);
-        ways.extend(rest);
-        let last = ways.len().saturating_sub(1);
-        Ok(ways.into_iter().nth(usize::from(way).min(last)))
+        let ways = [
+            from_here.and_then(deltas),
+            objects,
+            from_nothing.and_then(deltas),
+        ];
+        let (failed, left): (Vec<_>, Vec<_>) =
+            (ways.into_iter().flatten()).partition(|way| way.among(failed) == failed);
+        let missing = |way: &Way<'_>| way.plan().missing;
+        let best = left.into_iter().min_by_key(missing);
+        // When all have failed, the last resort is tried again and again: the server may be repaired.
+        Ok(best.or_else(|| failed.into_iter().max_by_key(missing)))
     }
 
     /// The objects of the index that are not in the repository, or the index, if it is not here.
@@ -246,7 +251,7 @@ impl Device {
         };
         if let Err(error) = fetched {
             if error.is_of_the_file() {
-                self.give_way_up()?;
+                self.give_up(&way)?;
             }
             return Err(error.into());
         }
@@ -272,12 +277,13 @@ impl Device {
         self.count_attempt()?;
         let outcome = self.store_release(target, &way).await;
         if outcome.is_err() {
-            self.give_way_up()?;
+            self.give_up(&way)?;
             return outcome;
         }
         // Stored: the spool is room for others.
-        self.spool.retain(None)?;
-        if matches!(way, Way::Deltas { to, .. } if to != target) {
+        let on_the_way = matches!(way, Way::Deltas { to, .. } if to != target);
+        self.spool.retain(on_the_way.then_some(&target))?;
+        if on_the_way {
             // A release on the way; what comes after it has its own attempts.
             self.change(|record| {
                 if let Phase::Staging { attempts, .. } = &mut record.phase {
@@ -325,11 +331,11 @@ impl Device {
         }
     }
 
-    /// The next best way from now on, if there is one: remembered across reboots.
-    fn give_way_up(&mut self) -> Result<()> {
+    /// Another way from now on, if there is one: remembered across reboots.
+    fn give_up(&mut self, way: &Way<'_>) -> Result<()> {
         self.change(|record| {
-            if let Phase::Staging { way, .. } = &mut record.phase {
-                *way = way.saturating_add(1);
+            if let Phase::Staging { failed, .. } = &mut record.phase {
+                *failed = way.among(*failed);
             }
         })
     }
@@ -393,6 +399,16 @@ impl<'a> Way<'a> {
             total: chain.total,
             missing: chain.missing,
         })
+    }
+
+    /// `ways`, and this one.
+    fn among(&self, mut ways: FailedWays) -> FailedWays {
+        match self {
+            Self::Deltas { from: Some(_), .. } => ways.from_here = true,
+            Self::Deltas { from: None, .. } => ways.from_nothing = true,
+            Self::Index(_) | Self::Objects { .. } => ways.objects = true,
+        }
+        ways
     }
 
     fn plan(&self) -> Plan {

@@ -11,7 +11,7 @@ use offshoot::decide::{Consent, Download, Step, Verdict, Why, decide};
 use offshoot::device::Device;
 use offshoot::fetch::{Server, ServerConfig, Source};
 use offshoot::poll::Poller;
-use offshoot::record::{Hold, Phase, Reason, Rejection};
+use offshoot::record::{FailedWays, Hold, Phase, Reason, Rejection};
 use offshoot::status::{NextIs, PollFailureKind, Status};
 use offshoot::trust::schema::File;
 use offshoot::trust::store::Store;
@@ -416,7 +416,10 @@ async fn a_delta_to_another_commit_is_given_up_with_nothing_written_outside_the_
             from: machine.factory,
             target,
             attempts: 1,
-            way: 1,
+            failed: FailedWays {
+                from_here: true,
+                ..FailedWays::default()
+            },
         }
     );
     daemon.waits(Why::Rejected).await;
@@ -462,7 +465,7 @@ async fn nothing_is_fetched_that_there_is_no_room_for() {
                 from: machine.factory,
                 target,
                 attempts: 0,
-                way: 0,
+                failed: FailedWays::default(),
             }
         );
         assert_eq!(asked(&server, "deltas"), Vec::<String>::new());
@@ -709,6 +712,48 @@ async fn a_device_that_is_far_behind_goes_from_delta_to_delta() {
     assert_eq!(machine.deployments(), [target, machine.factory]);
 }
 
+/// A large file that is another one in each release, and one that repeats itself further apart than an object's compression reaches.
+#[tokio::test]
+async fn a_chain_of_deltas_is_taken_where_it_is_fewer_bytes_than_the_missing_objects() {
+    let noise = |seed: u64| -> String {
+        (0..1000)
+            .map(|n| Sha256::of(&(seed + n).to_le_bytes()).to_string())
+            .collect()
+    };
+    for repeats in [false, true] {
+        let mut machine = Machine::speaking("h2");
+        let server = machine.server().await;
+        let (mut from, mut deltas) = (machine.factory, Vec::new());
+        for (release, version) in (0..).zip(["two", "three", "four"]) {
+            let text = if repeats {
+                noise(0).repeat(4) + version
+            } else {
+                noise(release * 1000)
+            };
+            let commit = machine.bench.release(version, &text);
+            let mut delta = machine.delta(Some(from), commit);
+            delta.to = Some(commit);
+            deltas.push(delta);
+            from = commit;
+        }
+        let target = from;
+        deltas[2].to = None;
+        let objects = machine.objects(target);
+        machine.release("four", target, deltas, Some(objects));
+        let booted = Daemon::start(&machine).until_reboot(&machine).await;
+        assert_eq!(booted.commit, target);
+        let (deltas, objects) = (asked(&server, "deltas/"), asked(&server, "objects/"));
+        let superblocks = deltas.iter().filter(|path| path.ends_with("superblock"));
+        if repeats {
+            // The index, once, to know.
+            assert_eq!((superblocks.count(), objects.len()), (3, 1), "{objects:?}");
+        } else {
+            assert_eq!(deltas, [""; 0]);
+            assert!(objects.len() > 1);
+        }
+    }
+}
+
 #[tokio::test]
 async fn without_a_delta_only_the_missing_objects_are_fetched() {
     for protocol in ["h2", "http/1.1"] {
@@ -749,7 +794,7 @@ async fn a_way_that_fails_is_given_up_for_the_next_one_and_that_is_remembered() 
     });
     let mut daemon = Daemon::start(&machine);
     daemon
-        .wait(|status| matches!(status.phase, Phase::Staging { way: 1, .. }))
+        .wait(|status| matches!(status.phase, Phase::Staging { failed, .. } if failed.from_here))
         .await;
     // It is remembered across a power cut, and the delta is left alone.
     daemon.cut();
