@@ -7,7 +7,7 @@ CACHE = $${OFFSHOOT_CACHE:-$$HOME/.cache/offshoot}
 help:
 	@echo 'make demo         the main job, live: a good release kept, a broken one rolled back'
 	@echo 'make test         all tests, the machines in QEMU included'
-	@echo 'make test-all     the same, and every story on arm64 under U-Boot, in both ways of counting, and a slow link'
+	@echo 'make test-all     the same, and every story on arm64 under U-Boot, in both ways of counting, and slow and broken links'
 	@echo 'make bench        what the daemon and each way to a release take, beside libostree'
 	@echo 'make conformance SUITE=DIR  the official TUF suite, from a checkout of theupdateframework/tuf-conformance'
 	@echo 'make fuzz         each parser for ten minutes (FUZZ_SECONDS); fuzz/README.md'

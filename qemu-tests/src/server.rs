@@ -37,6 +37,9 @@ pub struct Request {
     pub status: u16,
     /// Of the answer's body.
     pub bytes: u64,
+    /// The `Range` that was asked for, if the log tells.
+    #[serde(default)]
+    pub range: String,
 }
 
 impl Server {
@@ -86,7 +89,7 @@ impl Server {
                 "daemon off; user root; worker_processes 1; pid {here}/pid; error_log {here}/error;\n\
                  events {{}}\n\
                  http {{\n\
-                   log_format requests escape=json '{{\"http\":\"$server_protocol\",\"path\":\"$uri\",\"status\":$status,\"bytes\":$body_bytes_sent}}';\n\
+                   log_format requests escape=json '{{\"http\":\"$server_protocol\",\"path\":\"$uri\",\"status\":$status,\"bytes\":$body_bytes_sent,\"range\":\"$http_range\"}}';\n\
                    access_log {here}/access requests;\n\
                    client_body_temp_path {here}/1; proxy_temp_path {here}/2; fastcgi_temp_path {here}/3;\n\
                    uwsgi_temp_path {here}/4; scgi_temp_path {here}/5;\n\

@@ -1,7 +1,7 @@
 //! Slow and failing links between a whole device and its server: a relay in between delays, limits and drops, and counts what goes over the wire.
 //!
 //! The relay works on streams, so it knows delay, rate and broken connections; lost packets are the kernel's business below it.
-//! `qemu-tests/tests/scenarios/links.rs` has a link that netem shapes.
+//! `qemu-tests/tests/scenarios/links.rs` has links that netem shapes and breaks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
