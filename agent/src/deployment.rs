@@ -27,7 +27,7 @@ pub struct Deployment {
     pub staged: bool,
 }
 
-/// `offshoot-deployer stored`: which of the commits are complete in the repository.
+/// `offshoot-deployer stored`: which of the commits are complete in the repository, and held there by a ref.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stored {
     pub complete: Vec<Commit>,

@@ -340,7 +340,7 @@ impl Device {
         })
     }
 
-    /// Which of the commits are complete in the repository.
+    /// Which of the commits are complete in the repository, and held.
     async fn stored(&self, commits: &[Commit]) -> Result<Vec<Commit>, StepError> {
         if commits.is_empty() {
             return Ok(Vec::new());
