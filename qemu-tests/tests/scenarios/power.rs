@@ -18,6 +18,37 @@ fn a_power_cut_at_any_moment_of_an_update_leaves_the_former_release_or_the_new_o
     is_cut(Options::default());
 }
 
+#[cfg(feature = "all")]
+#[test]
+fn power_cuts_right_after_each_step_of_an_update_cost_no_byte_twice() {
+    let mut bench = Bench::start(Web::Nginx, Options::default()).unwrap();
+    let target = bench.publish(&Release::good("1.1.0")).unwrap();
+    bench.configure("[bootloader]\ntries = 9\n").unwrap();
+    let Bench { vm, server, .. } = &mut bench;
+    for step in [
+        events::STAGED,
+        events::FETCHED,
+        events::APPLIED,
+        events::ARMED,
+        events::DEPLOYED,
+    ] {
+        vm.wait_for_event(step, PATIENCE).unwrap();
+        vm.cut_power().unwrap();
+        vm.power_on().unwrap();
+    }
+    vm.wait_for_event(events::CONFIRMED, PATIENCE).unwrap();
+    assert_eq!(vm.booted_commit().unwrap(), target);
+    let requests = server.requests().unwrap();
+    let files = requests
+        .iter()
+        .filter(|request| request.path.starts_with("/deltas/"));
+    let mut files: Vec<_> = files.map(|request| &request.path).collect();
+    files.sort();
+    let all = files.len();
+    files.dedup();
+    assert_eq!((all, all > 1), (files.len(), true), "{requests:?}");
+}
+
 pub(super) fn is_cut(options: Options) {
     let seed = match std::env::var("OFFSHOOT_SEED") {
         Ok(seed) => seed.parse().unwrap(),
