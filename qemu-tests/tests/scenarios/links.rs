@@ -25,6 +25,8 @@ struct Link {
     bytes_per_second: u64,
     /// What netem is told.
     shape: &'static str,
+    /// Seconds without a byte after which the device begins anew.
+    stall: u64,
     /// Megabytes of the release.
     payload: usize,
     /// Run in the guest during the download.
@@ -36,6 +38,7 @@ fn a_link_of_1_mbit_and_50_ms_brings_an_update_for_its_size() {
     confirms(&Link {
         bytes_per_second: 125_000,
         shape: "rate 1mbit delay 50ms",
+        stall: 30,
         payload: 2,
         trouble: "",
     });
@@ -46,6 +49,7 @@ fn a_link_of_100_kbit_and_300_ms_that_loses_packets_brings_an_update_for_its_siz
     confirms(&Link {
         bytes_per_second: 12_500,
         shape: "rate 100kbit delay 300ms loss 2%",
+        stall: 30,
         payload: 1,
         trouble: "",
     });
@@ -78,6 +82,7 @@ fn a_link_that_drops_every_minute_and_ten_kills_cost_no_byte_twice() {
     let mut bench = confirms(&Link {
         bytes_per_second: 125_000,
         shape: "rate 1mbit delay 50ms limit 16",
+        stall: 5,
         payload: 24,
         trouble: DROPS_AND_KILLS,
     });
@@ -122,8 +127,8 @@ fn confirms(link: &Link) -> Bench {
     vm.write_file("/etc/offshoot/ca.pem", server.ca.as_bytes())
         .unwrap();
     let configuration = format!(
-        "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\nstall = 5\n\n[install]\nreboot = \"manual\"\n",
-        server.url
+        "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\nstall = {}\n\n[install]\nreboot = \"manual\"\n",
+        server.url, link.stall
     );
     vm.write_file("/etc/offshoot/config.toml", configuration.as_bytes())
         .unwrap();

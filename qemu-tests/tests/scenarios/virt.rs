@@ -39,7 +39,8 @@ fn confirms(count: Count) -> Bench {
     let target = bench.publish(&Release::good("1.1.0")).unwrap();
     bench.configure("").unwrap();
     let Bench { vm, first, .. } = &mut bench;
-    for event in [events::ARMED, events::DEPLOYED, events::REBOOTING] {
+    // That it reboots is the last thing it says, and on a busy machine the journal's way out ends before.
+    for event in [events::ARMED, events::DEPLOYED] {
         vm.wait_for_event(event, PATIENCE).unwrap();
     }
     vm.wait_for_serial("offshoot: trial 1 of 3, booting entry 0", PATIENCE)
