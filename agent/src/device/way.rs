@@ -113,12 +113,12 @@ impl Device {
             objects,
             from_nothing.and_then(deltas),
         ];
-        let (failed, left): (Vec<_>, Vec<_>) =
+        let (given_up, left): (Vec<_>, Vec<_>) =
             (ways.into_iter().flatten()).partition(|way| way.among(failed) == failed);
         let missing = |way: &Way<'_>| way.plan().missing;
         let best = left.into_iter().min_by_key(missing);
         // When all have failed, the last resort is tried again and again: the server may be repaired.
-        Ok(best.or_else(|| failed.into_iter().max_by_key(missing)))
+        Ok(best.or_else(|| given_up.into_iter().max_by_key(missing)))
     }
 
     /// The objects of the index that are not in the repository, or the index, if it is not here.

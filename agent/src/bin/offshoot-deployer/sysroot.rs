@@ -1,5 +1,6 @@
 //! The verbs over libostree.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use offshoot::commit::Commit;
@@ -73,7 +74,7 @@ fn kind_of(object: &Object) -> ostree::ObjectType {
 }
 
 /// One object into the transaction. libostree computes its checksum once more, and takes nothing else under that name.
-fn store(repo: &ostree::Repo, object: &Object, file: &Path) -> Result<(), Failure> {
+fn store_object(repo: &ostree::Repo, object: &Object, file: &Path) -> Result<(), Failure> {
     let corrupt = |error: &dyn std::fmt::Display| {
         failure(
             FailureKind::CorruptDelta,
@@ -208,20 +209,20 @@ impl Sysroot {
 
     pub(crate) fn stored(&self, commits: &[Commit]) -> Result<Stored, Failure> {
         let mut complete = Vec::new();
+        let held = self.held()?;
         for commit in commits {
-            if self.is_held(*commit)? && self.is_complete(*commit)? {
+            if held.contains(&commit.to_string()) && self.is_complete(*commit)? {
                 complete.push(*commit);
             }
         }
         Ok(Stored { complete })
     }
 
-    /// A ref is what keeps the objects of a commit: without one the next deployment clears them away.
-    fn is_held(&self, commit: Commit) -> Result<bool, Failure> {
+    /// The commits of all refs. A ref is what keeps the objects of a commit: without one the next deployment clears them away.
+    fn held(&self) -> Result<HashSet<String>, Failure> {
         let refs = self.repo.list_refs(None, NONE);
         let refs = refs.map_err(|error| ostree("reading refs", &error))?;
-        let commit = commit.to_string();
-        Ok(refs.values().any(|held| *held == commit))
+        Ok(refs.into_values().collect())
     }
 
     fn is_complete(&self, commit: Commit) -> Result<bool, Failure> {
@@ -464,7 +465,7 @@ impl Locked {
                 .iter()
                 .filter(|object| !matches!(self.sysroot.is_missing(object), Ok(false)))
                 .try_for_each(|object| {
-                    store(&self.sysroot.repo, object, &spool.join(object.to_string()))
+                    store_object(&self.sysroot.repo, object, &spool.join(object.to_string()))
                 })
         })
     }
@@ -476,8 +477,9 @@ impl Locked {
         objects: impl FnOnce() -> Result<(), Failure>,
     ) -> Result<Done, Failure> {
         let repo = &self.sysroot.repo;
+        let checksum = commit.to_string();
         let complete = self.sysroot.is_complete(commit)?;
-        if complete && self.sysroot.is_held(commit)? {
+        if complete && self.sysroot.held()?.contains(&checksum) {
             return Ok(Done { changed: false });
         }
         if !complete {
@@ -492,7 +494,7 @@ impl Locked {
                 .map_err(|error| ostree("committing the transaction", &error))?;
             self.sysroot.verify_complete(commit, false)?;
         }
-        repo.set_ref_immediate(None, STAGED, Some(&commit.to_string()), NONE)
+        repo.set_ref_immediate(None, STAGED, Some(&checksum), NONE)
             .map_err(|error| ostree("writing a ref", &error))?;
         self.sysroot.sync()?;
         Ok(Done { changed: true })
