@@ -8,6 +8,13 @@ use offshoot::commit::Commit;
 use offshoot::deployment::{Deployments, Done, Failure, FailureKind};
 use serde::de::DeserializeOwned;
 
+/// 64 digits for each number. Digits of digests do not compress to less than half.
+pub fn noise(numbers: std::ops::Range<u64>) -> String {
+    numbers
+        .map(|number| offshoot::commit::Sha256::of(&number.to_le_bytes()).to_string())
+        .collect()
+}
+
 pub struct Bench {
     pub temp: tempfile::TempDir,
 }

@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep_until};
 
+use crate::bench::noise;
 use crate::machine::Machine;
 use crate::update::{Daemon, PATIENCE};
 
@@ -111,7 +112,7 @@ async fn relay(device: TcpStream, server: TcpStream, link: Link, sent: Arc<Atomi
 }
 
 /// A machine whose server is behind the link, and a release of about `size` bytes.
-async fn behind(link: Link, size: usize) -> (Machine, crate::server::Server, Relay, u64) {
+async fn behind(link: Link, size: u64) -> (Machine, crate::server::Server, Relay, u64) {
     let mut machine = Machine::speaking("h2");
     let server = machine.server().await;
     let relay = Relay::start(server.address.port(), link).await;
@@ -120,10 +121,7 @@ async fn behind(link: Link, size: usize) -> (Machine, crate::server::Server, Rel
     let own = format!("localhost:{}", server.address.port());
     let text = text.replace(&own, &format!("localhost:{}", relay.port));
     std::fs::write(&config, text).unwrap();
-    // Digits of digests do not compress to less than half.
-    let noise: String = (0..size / 32)
-        .map(|n| offshoot::commit::Sha256::of(&n.to_le_bytes()).to_string())
-        .collect();
+    let noise = noise(0..size / 32);
     let commit = machine.bench.release("two", &noise);
     let delta = machine.delta(Some(machine.factory), commit);
     let signed = delta.download().unwrap();

@@ -17,6 +17,7 @@ use offshoot::trust::schema::File;
 use offshoot::trust::store::Store;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::bench::noise;
 use crate::fixture::HARDWARE;
 use crate::machine::{Booted, Machine};
 use crate::server::Then;
@@ -715,20 +716,15 @@ async fn a_device_that_is_far_behind_goes_from_delta_to_delta() {
 /// A large file that is another one in each release, and one that repeats itself further apart than an object's compression reaches.
 #[tokio::test]
 async fn a_chain_of_deltas_is_taken_where_it_is_fewer_bytes_than_the_missing_objects() {
-    let noise = |seed: u64| -> String {
-        (0..1000)
-            .map(|n| Sha256::of(&(seed + n).to_le_bytes()).to_string())
-            .collect()
-    };
     for repeats in [false, true] {
         let mut machine = Machine::speaking("h2");
         let server = machine.server().await;
         let (mut from, mut deltas) = (machine.factory, Vec::new());
         for (release, version) in (0..).zip(["two", "three", "four"]) {
             let text = if repeats {
-                noise(0).repeat(4) + version
+                noise(0..1000).repeat(4) + version
             } else {
-                noise(release * 1000)
+                noise(release * 1000..(release + 1) * 1000)
             };
             let commit = machine.bench.release(version, &text);
             let mut delta = machine.delta(Some(from), commit);
