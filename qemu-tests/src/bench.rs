@@ -64,20 +64,26 @@ impl Bench {
         more: &str,
         prepare: impl FnOnce(&mut Vm) -> Result<()>,
     ) -> Result<()> {
+        self.vm.wait_for_event(STARTUP_FINISHED, PATIENCE)?;
+        prepare(&mut self.vm)?;
+        self.write_configuration(&format!("\n[poll]\ninterval = 2\n\n{more}"))?;
+        self.vm.ask(["systemctl", "restart", "offshoot.service"])?;
+        Ok(())
+    }
+
+    /// Which server the device is to ask, when it starts next; `more` goes on in the table `[server]`.
+    pub fn write_configuration(&mut self, more: &str) -> Result<()> {
         let Self { vm, server, .. } = self;
-        vm.wait_for_event(STARTUP_FINISHED, PATIENCE)?;
-        prepare(vm)?;
         vm.ask(["mkdir", "-p", "/etc/offshoot"])?;
         // The image has the fleet's own; another server has another.
         vm.write_file("/etc/offshoot/ca.pem", server.ca.as_bytes())?;
         let configuration = format!(
-            "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\n\n[poll]\ninterval = 2\n\n{more}",
+            "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\n{more}",
             server.url
         );
         vm.write_file("/etc/offshoot/config.toml", configuration.as_bytes())?;
         // A scenario may cut the power at once, and what an operator has written is not what it tests.
         vm.ask(["sync"])?;
-        vm.ask(["systemctl", "restart", "offshoot.service"])?;
         Ok(())
     }
 

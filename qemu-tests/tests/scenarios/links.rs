@@ -115,22 +115,11 @@ fn confirms(link: &Link) -> Bench {
     };
     let target = bench.publish(&release).unwrap();
     let public = bench.fleet.public();
+    bench.vm.wait_for_event(STARTUP_FINISHED, PATIENCE).unwrap();
+    let more = format!("stall = {}\n\n[install]\nreboot = \"manual\"\n", link.stall);
+    bench.write_configuration(&more).unwrap();
     let Bench { vm, server, .. } = &mut bench;
-    vm.wait_for_event(STARTUP_FINISHED, PATIENCE).unwrap();
-    vm.ask([
-        "mkdir",
-        "-p",
-        "/etc/offshoot",
-        "/run/systemd/system/offshoot.service.d",
-    ])
-    .unwrap();
-    vm.write_file("/etc/offshoot/ca.pem", server.ca.as_bytes())
-        .unwrap();
-    let configuration = format!(
-        "[server]\nurl = {:?}\nca = \"/etc/offshoot/ca.pem\"\nstall = {}\n\n[install]\nreboot = \"manual\"\n",
-        server.url, link.stall
-    );
-    vm.write_file("/etc/offshoot/config.toml", configuration.as_bytes())
+    vm.ask(["mkdir", "-p", "/run/systemd/system/offshoot.service.d"])
         .unwrap();
     // Until the next boot only.
     vm.write_file(
